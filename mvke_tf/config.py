@@ -1,0 +1,141 @@
+"""Frozen settings of the data, the model and the training, with a JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """Builds a settings dataclass from a dictionary.
+
+    Raises:
+        ValueError: If the dictionary has a key that the dataclass does not know.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no setting {unknown}. Known settings: {sorted(known)}")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _check(owner: object, name: str, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"{type(owner).__name__}.{name} must be {expected}. Received: {getattr(owner, name)!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """How the interaction log becomes labelled, split pairs.
+
+    Args:
+        protocol: `"impressions"` or `"ratings"` (see `mvke_tf.data.protocols`).
+        split: `"temporal"`, `"random"` or `"per_user"`.
+        neg_ratio: Sampled negatives per impression (`"impressions"` only).
+        history_length: Slots of the lists of recent and of liked items.
+        seed: Seed of the negatives and of the random split.
+    """
+
+    protocol: str = "impressions"
+    split: str = "temporal"
+    neg_ratio: int = 1
+    history_length: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self, "protocol", self.protocol in ("impressions", "ratings"), "'impressions' or 'ratings'")
+        _check(self, "split", self.split in ("temporal", "random", "per_user"), "'temporal', 'random' or 'per_user'")
+        _check(self, "neg_ratio", self.neg_ratio >= 0, "0 or more")
+        _check(self, "history_length", self.history_length >= 1, "at least 1")
+        _check(self, "seed", self.seed >= 0, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model.
+
+    Args:
+        name: Name of the model, `"mvke"`.
+        embedding_dim: Width D of field embeddings, virtual kernels and tags.
+        hidden_dims: Widths of the hidden layers of every expert and of every tag tower.
+        num_virtual_kernels: Number K of virtual kernels (MVKE).
+        shared_experts: Whether one network serves as expert of all virtual kernels (MVKE).
+        dropout_rate: Dropout after every hidden layer.
+        embedding_dropout_rate: Dropout of the field embeddings.
+        kernel_stddev: Standard deviation of the first virtual kernels; published: 0.01.
+        embedding_stddev: Standard deviation of the first embeddings; published: 0.01.
+    """
+
+    name: str = "mvke"
+    embedding_dim: int = 64
+    hidden_dims: tuple[int, ...] = (256, 128)
+    num_virtual_kernels: int = 5
+    shared_experts: bool = False
+    dropout_rate: float = 0.3
+    embedding_dropout_rate: float = 0.0
+    kernel_stddev: float = 0.01
+    embedding_stddev: float = 0.01
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
+        _check(self, "embedding_dim", self.embedding_dim >= 1, "at least 1")
+        _check(self, "hidden_dims", all(width >= 1 for width in self.hidden_dims), "positive widths")
+        _check(self, "num_virtual_kernels", self.num_virtual_kernels >= 1, "at least 1")
+        _check(self, "dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
+        _check(self, "embedding_dropout_rate", 0 <= self.embedding_dropout_rate < 1, "in [0, 1)")
+        _check(self, "kernel_stddev", self.kernel_stddev > 0, "positive")
+        _check(self, "embedding_stddev", self.embedding_stddev > 0, "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained.
+
+    Args:
+        epochs: Most epochs to train.
+        batch_size: Pairs per step.
+        learning_rate: Learning rate of the optimizer.
+        patience: Epochs without a better mean validation AUC after which training stops; 0 never stops early.
+        distinct: Whether the towers run once per distinct user state and item of a batch.
+        seed: Seed of the weights, of dropout and of the order of the pairs.
+    """
+
+    epochs: int = 50
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    patience: int = 3
+    distinct: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self, "epochs", self.epochs >= 1, "at least 1")
+        _check(self, "batch_size", self.batch_size >= 1, "at least 1")
+        _check(self, "learning_rate", self.learning_rate > 0, "positive")
+        _check(self, "patience", self.patience >= 0, "0 or more")
+        _check(self, "seed", 0 <= self.seed < 2**31, "in [0, 2**31)")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All settings of one run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold; `RunConfig.from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """Reads what `to_dict` wrote; a setting that is absent keeps its default.
+
+        Raises:
+            ValueError: If a section or a setting is unknown.
+        """
+        sections = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
+        return from_dict(cls, {key: from_dict(sections[key], value) if key in sections else value
+                               for key, value in values.items()})

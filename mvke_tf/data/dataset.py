@@ -1,0 +1,134 @@
+"""Batches of pairs as `tf.data`: three encoded tables, gathered by row."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from mvke_tf.models.two_tower import ITEM_ROWS, USER_ROWS
+
+Table = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairData:
+    """Encoded entities, and the pairs of one part of the log.
+
+    Args:
+        users: One row per user state, `{feature: (N, ...)}`.
+        items: One row per item, `{feature: (M, ...)}`.
+        user_rows: int32 `(n,)`, row of the user state of each pair.
+        item_rows: int32 `(n,)`, row of the item of each pair.
+        labels: `{task: (n,)}`.
+    """
+
+    users: Table
+    items: Table
+    user_rows: np.ndarray
+    item_rows: np.ndarray
+    labels: Table
+
+    def __len__(self) -> int:
+        return len(self.user_rows)
+
+    def take(self, rows: np.ndarray) -> PairData:
+        """The chosen pairs, on the same entities."""
+        return dataclasses.replace(
+            self,
+            user_rows=self.user_rows[rows],
+            item_rows=self.item_rows[rows],
+            labels={task: label[rows] for task, label in self.labels.items()},
+        )
+
+    def steps(self, batch_size: int) -> int:
+        """Batches per epoch; the last one may be smaller."""
+        return -(-len(self) // batch_size)
+
+
+class Batches:
+    """Makes the `tf.data` pipelines of one `PairData`.
+
+    A batch is `({feature: tensor}, {task: (B, 1) float32})`, made by gathering whole rows; no step runs Python.
+
+    Args:
+        data: Entities and pairs.
+        batch_size: Pairs per batch; the last batch of an epoch may be smaller.
+        distinct: Whether a batch holds each of its user states and items once, with the inputs `user_rows` and
+            `item_rows` `(B,)` that lead from pairs to entities (see `mvke_tf.models.two_tower.distinct_model`).
+        pad: Whether the number of distinct entities is rounded up to a power of two (row 0 is repeated, and no pair
+            refers to it), for XLA and JAX, which compile anew for every shape.
+    """
+
+    def __init__(self, data: PairData, batch_size: int, distinct: bool = False, pad: int = 0) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1. Received: {batch_size}")
+        if not len(data):
+            raise ValueError("Expected at least one pair to make batches of. Received: no pair")
+        self.data, self.batch_size, self.distinct, self.pad = data, batch_size, distinct, pad
+        self.steps = data.steps(batch_size)
+        self._users = {name: tf.constant(column) for name, column in data.users.items()}
+        self._items = {name: tf.constant(column) for name, column in data.items.items()}
+        self._user_rows = tf.constant(data.user_rows, tf.int32)
+        self._item_rows = tf.constant(data.item_rows, tf.int32)
+        self._labels = {task: tf.constant(label[:, None], tf.float32) for task, label in data.labels.items()}
+        if distinct:
+            # Pairs of one user state, as (first position, count) in the order of user rows.
+            self._by_user = tf.constant(np.argsort(data.user_rows, kind="stable"), tf.int32)
+            _, start, count = np.unique(np.sort(data.user_rows), return_index=True, return_counts=True)
+            self._start, self._count = tf.constant(start, tf.int32), tf.constant(count, tf.int32)
+
+    def in_order(self) -> tf.data.Dataset:
+        """One epoch in the order of the pairs, of known cardinality."""
+        return self._epoch(tf.range(len(self.data), dtype=tf.int32)).prefetch(tf.data.AUTOTUNE)
+
+    def shuffled(self, seed: int) -> tf.data.Dataset:
+        """One epoch in a new seeded order each time it is iterated, of known cardinality: for `model.fit` by hand."""
+        seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
+        epoch = seeds.flat_map(lambda value: self._epoch(self._order(tf.stack([tf.cast(seed, tf.int64), value]))))
+        return epoch.apply(tf.data.experimental.assert_cardinality(self.steps)).prefetch(tf.data.AUTOTUNE)
+
+    def epochs(self, seed: int, first_epoch: int = 0) -> tf.data.Dataset:
+        """Endless epochs, whose order depends on the seed and the number of the epoch alone: what resuming needs.
+
+        Give `steps` to `model.fit(steps_per_epoch=...)`.
+        """
+        numbers = tf.data.Dataset.counter(first_epoch)
+        return numbers.flat_map(
+            lambda epoch: self._epoch(self._order(tf.stack([tf.cast(seed, tf.int64), epoch])))
+        ).prefetch(tf.data.AUTOTUNE)
+
+    def _order(self, seed: tf.Tensor) -> tf.Tensor:
+        """A permutation of the pairs; with `distinct`, of the user states, whose pairs stay together."""
+        shuffle = tf.random.experimental.stateless_shuffle
+        if not self.distinct:
+            return shuffle(tf.range(len(self.data), dtype=tf.int32), seed=seed)
+        states = shuffle(tf.range(len(self._start), dtype=tf.int32), seed=seed)
+        start, count = tf.gather(self._start, states), tf.gather(self._count, states)
+        offset = tf.range(len(self.data), dtype=tf.int32) - tf.repeat(tf.cumsum(count, exclusive=True), count)
+        return tf.gather(self._by_user, tf.repeat(start, count) + offset)
+
+    def _epoch(self, order: tf.Tensor) -> tf.data.Dataset:
+        def batch(step: tf.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            user_rows, item_rows = tf.gather(self._user_rows, rows), tf.gather(self._item_rows, rows)
+            inputs = {}
+            if self.distinct:
+                user_rows, inputs[USER_ROWS] = tf.unique(user_rows)
+                item_rows, inputs[ITEM_ROWS] = tf.unique(item_rows)
+                if self.pad:
+                    user_rows, item_rows = _pad_rows(user_rows, self.pad), _pad_rows(item_rows, self.pad)
+            inputs |= {name: tf.gather(column, user_rows) for name, column in self._users.items()}
+            inputs |= {name: tf.gather(column, item_rows) for name, column in self._items.items()}
+            return inputs, {task: tf.gather(label, rows) for task, label in self._labels.items()}
+
+        return tf.data.Dataset.range(self.steps, output_type=tf.int32).map(
+            batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+        )
+
+
+def _pad_rows(rows: tf.Tensor, multiple: int) -> tf.Tensor:
+    """Fills a list of rows up to the next multiple with row 0."""
+    return tf.pad(rows, [[0, -tf.shape(rows)[0] % multiple]])

@@ -1,0 +1,18 @@
+"""Keras layers of the multi-task models, in `keras.ops` only."""
+
+from mvke_tf.layers.embedding import FieldEmbedding
+from mvke_tf.layers.experts import Experts, SelectExperts
+from mvke_tf.layers.gates import VirtualKernelGate
+from mvke_tf.layers.rows import GatherRows, RowDot
+from mvke_tf.layers.virtual_kernels import VirtualKernelAttention, VirtualKernels
+
+__all__ = [
+    "Experts",
+    "FieldEmbedding",
+    "GatherRows",
+    "RowDot",
+    "SelectExperts",
+    "VirtualKernelAttention",
+    "VirtualKernelGate",
+    "VirtualKernels",
+]
