@@ -80,8 +80,8 @@ class Task:
             object.__setattr__(self, "kernels", tuple(self.kernels))
 
 
-CTR_CVR = (Task("ctr", kernels=(0, 1, 2)), Task("cvr", kernels=(1, 2, 3, 4)))
-"""The published pair of tasks: CTR sees the virtual kernels 0 to 2, CVR 1 to 4 (of 5)."""
+CTR_CVR = (Task("ctr"), Task("cvr"))
+"""The published pair of tasks. Of five virtual kernels CTR sees 0 to 2 and CVR 1 to 4 (`default_kernels`)."""
 
 
 def _check_unique(kind: str, names: Iterable[str]) -> None:

@@ -219,7 +219,9 @@ class Encoder:
         names = [name for f in chosen for name in ((f.name, f.name + WEIGHTS_SUFFIX) if f.length > 1 else (f.name,))]
         missing = [name for name in names if name not in table]
         if missing:
-            raise ValueError(f"The {tower} features {missing} are missing. Expected: {names}. Received: {sorted(table)}")
+            raise ValueError(
+                f"The {tower} features {missing} are missing. Expected: {names}. Received: {sorted(table)}"
+            )
         encoded = {}
         for feature in chosen:
             kind = {f.name: f for f in self.features}[feature.shares or feature.name].kind
@@ -233,11 +235,13 @@ class Encoder:
             if feature.length > 1:
                 weights = tf.convert_to_tensor(table[feature.name + WEIGHTS_SUFFIX], tf.float32)
                 index, weights = _fit_length(index, feature.length), _fit_length(weights, feature.length)
-                index = tf.where(weights > 0, index, 0)
+                filled = weights > 0
+                index = tf.where(filled, index, 0)
                 # An empty list is one "unknown": a zero vector would have no direction for the layer norm.
-                empty = tf.reduce_all(weights <= 0, axis=1, keepdims=True)
-                first = tf.range(feature.length) == 0
-                encoded[feature.name + WEIGHTS_SUFFIX] = tf.where(empty & first, 1.0, tf.maximum(weights, 0.0))
+                lone_unknown = ~tf.reduce_any(filled, axis=1, keepdims=True) & (tf.range(feature.length) == 0)
+                encoded[feature.name + WEIGHTS_SUFFIX] = tf.where(
+                    filled, weights, tf.cast(lone_unknown, tf.float32)
+                )
             encoded[feature.name] = index
         return encoded
 

@@ -65,21 +65,21 @@ def sample_unrated(
         Item ids `(n,)`.
 
     Raises:
-        ValueError: If a user has rated the whole catalogue.
+        ValueError: If one of these users has rated the whole catalogue.
     """
     users, rows = np.unique(ratings["user_id"].to_numpy(), return_inverse=True)
     items, columns = np.unique(np.concatenate([item_ids, ratings["item_id"].to_numpy()]), return_inverse=True)
     rated = np.zeros((len(users), len(items)), dtype=bool)
     rated[rows, columns[len(item_ids) :]] = True
-    choices = len(items) - rated.sum(axis=1)
+    row = np.searchsorted(users, user_ids)
+    choices = (len(items) - rated.sum(axis=1))[row]
     if not choices.all():
         raise ValueError(
-            f"A negative is an item that the user never rated, but user {users[choices.argmin()]} has rated all "
-            f"{len(items)} items. Use the protocol 'ratings', or remove the user."
+            f"A negative is an item that the user never rated, but user {user_ids[choices.argmin()]} has rated all "
+            f"{len(items)} items. Use the protocol 'ratings', or neg_ratio=0, or remove the user."
         )
     unrated_first = np.argsort(rated, axis=1, kind="stable")
-    row = np.searchsorted(users, user_ids)
-    return items[unrated_first[row, (random.random(len(row)) * choices[row]).astype(np.int64)]]
+    return items[unrated_first[row, (random.random(len(row)) * choices).astype(np.int64)]]
 
 
 def split_parts(pairs: pd.DataFrame, split: str, random: np.random.Generator) -> np.ndarray:
@@ -97,7 +97,7 @@ def split_parts(pairs: pd.DataFrame, split: str, random: np.random.Generator) ->
         int8 `(n,)`: 0 training, 1 validation, 2 test.
     """
     if split == "random":
-        share = random.permutation(len(pairs)) / len(pairs)
+        share = (1 + random.permutation(len(pairs))) / len(pairs)
     else:
         times = pairs["timestamp"] if split == "temporal" else pairs.groupby("user_id")["timestamp"]
         # The share of pairs that are not later: equal for all pairs of one timestamp.

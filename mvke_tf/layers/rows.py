@@ -60,6 +60,9 @@ class GatherRows(keras.layers.Layer):
     TensorShape([3, 2])
     """
 
+    def build(self, vectors_shape, rows_shape) -> None:
+        super().build(vectors_shape)
+
     def call(self, vectors, rows):
         return ops.take(vectors, rows, axis=0)
 

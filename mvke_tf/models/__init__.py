@@ -1,0 +1,33 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import keras
+
+from mvke_tf.config import ModelConfig
+from mvke_tf.models.mvke import build_mvke
+from mvke_tf.schema import Schema
+
+MODELS: dict[str, Callable[[Schema, ModelConfig], keras.Model]] = {"mvke": build_mvke}
+
+
+def check_model(name: str) -> None:
+    """Does nothing if there is a model of this name.
+
+    Raises:
+        ValueError: If there is none; the message lists those there are.
+    """
+    if name not in MODELS:
+        raise ValueError(f"Unknown model. Expected one of {sorted(MODELS)}. Received: {name!r}")
+
+
+def build_model(name: str, schema: Schema, config: ModelConfig | None = None) -> keras.Model:
+    """A model by name, `{feature: tensor} -> {task: logit (B, 1)}`.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    check_model(name)
+    return MODELS[name](schema, config or ModelConfig(name=name))

@@ -1,0 +1,57 @@
+# make train   from nothing to a trained, evaluated and exported model
+# make test    lint and all tests
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirements-cpu.txt)
+
+MODEL ?= mvke
+EPOCHS ?= 50
+BATCH_SIZE ?= 256
+SEED ?= 0
+RUN ?= $(MODEL)-$(shell date +%Y%m%d-%H%M%S)
+RUN := $(RUN)
+ARGS ?=
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+export PYTHONUNBUFFERED = 1
+
+.PHONY: help setup data train test lint format tensorboard clean
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+setup: $(VENV)/.installed
+$(VENV)/.installed: $(REQUIREMENTS) requirements-cpu.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there; install Python 3.10 to 3.13"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and f"error: Python 3.10 to 3.13 is needed, {sys.executable} is {v}; try make PYTHON=python3.11")'
+	@echo "Installing $(REQUIREMENTS) into $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -r $(REQUIREMENTS) -e '.[dev]'
+	@touch $@
+
+data: setup
+	$(PY) scripts/preprocess_data.py
+
+train: data
+	$(PY) scripts/train.py --model $(MODEL) --epochs $(EPOCHS) --batch_size $(BATCH_SIZE) --seed $(SEED) --run_name $(RUN) $(ARGS)
+	$(PY) scripts/export.py --checkpoint_path runs/$(RUN)
+	$(PY) scripts/evaluate.py --model $(MODEL) --checkpoint_path runs/$(RUN)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+test: lint
+	$(PY) -m pytest
+
+tensorboard: setup
+	$(VENV)/bin/tensorboard --logdir runs
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

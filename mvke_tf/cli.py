@@ -1,0 +1,109 @@
+"""What the command lines in `scripts/` share. Imports nothing heavy: `--help` and bad arguments answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+
+DEBUG = "MVKE_DEBUG"
+
+
+def run_main(main: Callable[[], None]) -> NoReturn:
+    """Runs the `main` of a script and ends the process.
+
+    The errors of this package that a user can mend are `ValueError`s (`RunError`, `DataError`, bad settings). They
+    become one line on stderr, without a traceback unless the environment has `MVKE_DEBUG=1`. Anything else is a defect
+    and keeps its traceback. TensorFlow is told to log errors only, unless the environment says otherwise; for that,
+    `main` must import it inside.
+
+    Args:
+        main: Parses the command line and does the work.
+
+    Raises:
+        SystemExit: Always. Status 0 when `main` returns, 2 after a `ValueError` (as after a bad argument), 130 after
+            Ctrl-C; what `main` itself exits with passes through.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get(DEBUG) == "1":
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        if type(error) is ValueError:
+            print(f"({DEBUG}=1 shows where it was raised.)", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+SECTIONS = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
+# Settings whose own name would be ambiguous on a command line.
+_FLAGS = {("data", "seed"): "data_seed", ("model", "name"): "model"}
+
+
+def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
+    """Adds one option per setting of the named sections of `RunConfig`; the help is the docstring's.
+
+    An option that is not given leaves the setting to `read_settings`.
+    """
+    for section in sections:
+        cls = SECTIONS[section]
+        described = dict(re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w|\n\s*\Z)", cls.__doc__, re.M | re.S))
+        group = parser.add_argument_group(f"settings of the {section}")
+        for field in dataclasses.fields(cls):
+            words = " ".join(described[field.name].split()).replace("`", "").replace("%", "%%")
+            options: dict[str, Any] = {"default": None, "help": f"{words} (default: {field.default})"}
+            if isinstance(field.default, bool):
+                options["action"] = argparse.BooleanOptionalAction
+            elif isinstance(field.default, tuple):
+                options |= {"nargs": "+", "type": int}
+            else:
+                options["type"] = type(field.default)
+            group.add_argument(f"--{_FLAGS.get((section, field.name), field.name)}", **options)
+
+
+def read_settings(args: argparse.Namespace, config_file: Path | None = None) -> RunConfig:
+    """The settings of a command line: those given, over those of a JSON file, over the defaults.
+
+    Args:
+        args: Parsed options of `add_settings`.
+        config_file: A file such as the `config.json` of a run; sections and settings may be absent.
+
+    Raises:
+        ValueError: If the file cannot be read, or a setting is unknown or invalid.
+    """
+    values: dict[str, Any] = {}
+    if config_file is not None:
+        try:
+            values = json.loads(config_file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"--config needs a JSON file, such as a run's config.json. Received: {error}") from error
+        if not isinstance(values, dict) or not all(isinstance(section, dict) for section in values.values()):
+            raise ValueError(f"{config_file} must hold an object of sections {list(SECTIONS)}, each an object.")
+    for section, cls in SECTIONS.items():
+        for field in dataclasses.fields(cls):
+            given = getattr(args, _FLAGS.get((section, field.name), field.name), None)
+            if given is not None:
+                values.setdefault(section, {})[field.name] = given
+    return RunConfig.from_dict(values)
+
+
+def positive_int(text: str) -> int:
+    """Type of an argparse argument that counts something: a whole number of at least 1."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, received {text!r}")
+    return value

@@ -1,0 +1,161 @@
+"""Offline metrics of binary predictions, on plain arrays.
+
+A metric that is not defined for its input (an AUC where all labels are equal, anything of no rows) is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from sklearn import metrics as sklearn_metrics
+
+
+def auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a positive row scores above a negative one, ties counting half.
+
+    Args:
+        labels: `(n,)`, 0 or 1.
+        scores: `(n,)`; only their order matters.
+
+    Returns:
+        A value in [0, 1]; NaN unless both labels occur.
+    """
+    if len(np.unique(labels)) < 2:
+        return math.nan
+    return float(sklearn_metrics.roc_auc_score(labels, scores))
+
+
+def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float:
+    """AUC within each group, averaged with the groups' numbers of rows as weights.
+
+    Groups with one label only have no AUC and do not count.
+
+    Args:
+        labels: `(n,)`, 0 or 1.
+        scores: `(n,)`; only their order within a group matters.
+        groups: `(n,)`, for example the user of each row.
+
+    Returns:
+        A value in [0, 1]; NaN if no group has both labels.
+    """
+    rows = pd.DataFrame({"group": groups, "label": np.asarray(labels, np.float64), "score": scores})
+    # The rank-sum form of the AUC; tied scores share their mean rank.
+    rows["positive_rank"] = rows.groupby("group")["score"].rank() * rows["label"]
+    sums = rows.groupby("group").agg(
+        rows=("label", "size"), positives=("label", "sum"), ranks=("positive_rank", "sum")
+    )
+    sums = sums[(sums["positives"] > 0) & (sums["positives"] < sums["rows"])]
+    if sums.empty:
+        return math.nan
+    pairs = sums["positives"] * (sums["rows"] - sums["positives"])
+    group_auc = (sums["ranks"] - sums["positives"] * (sums["positives"] + 1) / 2) / pairs
+    return float(np.average(group_auc, weights=sums["rows"]))
+
+
+def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean negative log likelihood per row, in nats.
+
+    Probabilities are kept the float epsilon away from 0 and 1, so that the result is finite.
+
+    Args:
+        labels: `(n,)`, 0 or 1.
+        probabilities: `(n,)`, of label 1.
+    """
+    if not len(labels):
+        return math.nan
+    return float(sklearn_metrics.log_loss(labels, np.asarray(probabilities, np.float64), labels=[0, 1]))
+
+
+def calibration_bins(
+    labels: np.ndarray, probabilities: np.ndarray, bins: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predicted and observed positives in bins of (nearly) equally many rows, by rising probability.
+
+    Rows of equal probability share a bin, so the result does not depend on the order of the rows; with many ties the
+    bins are of unequal size, and there are fewer than `bins`.
+
+    Args:
+        labels: `(n,)`, 0 or 1.
+        probabilities: `(n,)`, of label 1.
+        bins: Most bins.
+
+    Returns:
+        Per bin that is not empty: mean probability, observed share of label 1, number of rows; each `(b,)`.
+
+    Raises:
+        ValueError: If `bins` is below 1.
+    """
+    if bins < 1:
+        raise ValueError(f"`bins` must be at least 1. Received: {bins}")
+    rows = pd.DataFrame({"probability": np.asarray(probabilities, np.float64), "label": np.asarray(labels, np.float64)})
+    quantile = (rows["probability"].rank() - 0.5) / max(len(rows), 1)
+    by_bin = rows.groupby((quantile * bins).astype(int).to_numpy())
+    means = by_bin.mean()
+    return means["probability"].to_numpy(), means["label"].to_numpy(), by_bin.size().to_numpy()
+
+
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error: `Σ_b n_b / n · |mean probability_b - share of positives_b|`.
+
+    The bins are those of `calibration_bins`: of equal mass, not of equal width, because most probabilities of a
+    recommender crowd near the base rate.
+
+    Args:
+        labels: `(n,)`, 0 or 1.
+        probabilities: `(n,)`, of label 1.
+        bins: Most bins.
+
+    Returns:
+        A value in [0, 1]; 0 is perfectly calibrated.
+    """
+    if not len(labels):
+        return math.nan
+    predicted, observed, rows = calibration_bins(labels, probabilities, bins)
+    return float(np.average(np.abs(predicted - observed), weights=rows))
+
+
+def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray) -> dict[str, float | int | None]:
+    """All metrics of one binary task.
+
+    Args:
+        labels: `(n,)`, 0 or 1.
+        probabilities: `(n,)`, of label 1.
+        users: `(n,)`, the user of each row, for `gauc`.
+
+    Returns:
+        `auc`, `gauc`, `log_loss` (nats), `calibration_error`, `rows`, `positives`, as JSON can hold them: None for a
+        metric that is not defined.
+
+    Raises:
+        ValueError: If the arrays are not of one length, or a label is neither 0 nor 1, or a probability lies outside
+            [0, 1] or is NaN.
+    """
+    labels, probabilities, users = np.asarray(labels), np.asarray(probabilities), np.asarray(users)
+    if not labels.shape == probabilities.shape == users.shape == (len(labels),):
+        raise ValueError(
+            "`labels`, `probabilities` and `users` must have one shape (n,). "
+            f"Received: {labels.shape}, {probabilities.shape} and {users.shape}"
+        )
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"Labels must be 0 or 1. Received: {np.unique(labels)[:10]}")
+    valid = (probabilities >= 0) & (probabilities <= 1)
+    if not valid.all():
+        raise ValueError(f"Probabilities must lie in [0, 1]. Received: {np.unique(probabilities[~valid])[:10]}")
+    measured = {
+        "auc": auc(labels, probabilities),
+        "gauc": gauc(labels, probabilities, users),
+        "log_loss": log_loss(labels, probabilities),
+        "calibration_error": calibration_error(labels, probabilities),
+    }
+    return {
+        **{name: defined(value) for name, value in measured.items()},
+        "rows": len(labels),
+        "positives": int(labels.sum()),
+    }
+
+
+def defined(value: float) -> float | None:
+    """The value, or None for NaN, which JSON does not know."""
+    return None if math.isnan(value) else value

@@ -1,0 +1,155 @@
+"""One run directory: settings, data, checkpoints, logs, report, export.
+
+    runs/<name>/
+        config.json      settings of data, model and training
+        prepared.npz     the prepared data, encoders included (a hard link where the file system has them)
+        best.keras       the model of the epoch with the best mean validation AUC
+        state.npz        everything that resuming needs: weights, optimizer, seeds, history
+        log.csv          one row per epoch
+        tensorboard/     for `tensorboard --logdir runs`
+        report.json      what scripts/evaluate.py measured; figures/ holds its pictures
+        export/          what scripts/export.py wrote
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from functools import cached_property
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+
+import mvke_tf.layers  # noqa: F401  (registers the layers that a saved model needs)
+from mvke_tf.config import RunConfig
+from mvke_tf.data.prepared import Prepared
+from mvke_tf.files import write_json, written_whole
+
+History = list[dict[str, float]]
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used; the message says why and what to do."""
+
+
+class Run:
+    """A run directory.
+
+    Args:
+        folder: An existing run directory; `Run.create` makes one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.checkpoint = self.folder / "best.keras"
+        self.state_file = self.folder / "state.npz"
+        self.report_file = self.folder / "report.json"
+        self.figures = self.folder / "figures"
+        self.logs = self.folder / "tensorboard"
+        self.log_file = self.folder / "log.csv"
+
+    @classmethod
+    def create(cls, folder: Path, config: RunConfig, prepared: Path) -> Run:
+        """Makes a run directory.
+
+        Args:
+            folder: Where; must not exist yet.
+            config: Settings of the run.
+            prepared: The file of prepared data that the run keeps.
+
+        Raises:
+            RunError: If the folder exists.
+        """
+        folder = Path(folder)
+        if folder.exists():
+            raise RunError(
+                f"{folder} exists already, and a run is never overwritten. Choose another --run_name, continue it "
+                "with --resume, or delete the folder."
+            )
+        with written_whole(folder) as temporary:
+            temporary.mkdir()
+            write_json(temporary / "config.json", config.to_dict())
+            try:
+                os.link(prepared, temporary / "prepared.npz")
+            except OSError:
+                # No hard links here (another file system): the copy holds the same.
+                shutil.copyfile(prepared, temporary / "prepared.npz")
+        return cls(folder)
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Opens a run by its directory or by a checkpoint inside it.
+
+        Raises:
+            RunError: If there is no run.
+        """
+        path = Path(path)
+        folder = path.parent if path.is_file() else path
+        if not (folder / "config.json").is_file():
+            raise RunError(
+                f"There is no run at {path}. Expected a folder such as runs/<name> with a config.json, as "
+                "scripts/train.py makes it, or the best.keras in it."
+            )
+        return cls(folder)
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """Settings of the run."""
+        return RunConfig.from_dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The data of the run."""
+        return Prepared.load(self.folder / "prepared.npz")
+
+    def load_model(self) -> keras.Model:
+        """The best checkpoint.
+
+        Raises:
+            RunError: If training has not finished an epoch yet.
+        """
+        if not self.checkpoint.is_file():
+            raise RunError(f"{self.folder} has no checkpoint yet. Train it: scripts/train.py --resume {self.folder}")
+        return keras.saving.load_model(self.checkpoint, compile=False)
+
+    def save_checkpoint(self, model: keras.Model) -> None:
+        """Makes `model` the best checkpoint."""
+        with written_whole(self.checkpoint) as temporary:
+            model.save(temporary)
+
+    def save_state(self, model: keras.Model, history: History) -> None:
+        """Keeps everything that resuming needs in one file: variables, optimizer, seeds and history."""
+        arrays = {f"variable_{i:04d}": np.asarray(v) for i, v in enumerate(_state_variables(model))}
+        with written_whole(self.state_file) as temporary, open(temporary, "wb") as file:
+            np.savez(file, history=json.dumps(history), **arrays)
+        with written_whole(self.log_file) as temporary:
+            pd.DataFrame(history).to_csv(temporary, index=False)
+
+    def restore_state(self, model: keras.Model) -> History:
+        """Puts the kept state into a compiled model of the same settings.
+
+        Returns:
+            The history so far, one dictionary per finished epoch; empty if none has finished.
+        """
+        if not self.state_file.is_file():
+            return []
+        with np.load(self.state_file) as file:
+            variables = _state_variables(model)
+            if len(variables) != len(file.files) - 1:
+                raise RunError(
+                    f"{self.state_file} holds {len(file.files) - 1} variables, but the model of config.json has "
+                    f"{len(variables)}. It was made by another version; train anew."
+                )
+            for index, variable in enumerate(variables):
+                variable.assign(file[f"variable_{index:04d}"])
+            return json.loads(str(file["history"]))
+
+
+def _state_variables(model: keras.Model) -> list[keras.Variable]:
+    """Weights, seeds of dropout and the like, and the optimizer's moments, in a fixed order."""
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    return [*model.variables, *model.optimizer.variables]

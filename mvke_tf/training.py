@@ -1,0 +1,208 @@
+"""Training: from a run directory with settings and data to its best checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import sys
+import time
+from typing import Any
+
+import keras
+import numpy as np
+
+from mvke_tf.config import RunConfig, TrainingConfig
+from mvke_tf.data.dataset import Batches
+from mvke_tf.models import build_model
+from mvke_tf.models.two_tower import distinct_model, task_names
+from mvke_tf.run import History, Run
+from mvke_tf.schema import Schema
+
+EVALUATION_BATCH = 4096
+# Rows of distinct entities are filled up to a multiple, because every new shape costs a compilation.
+DISTINCT_MULTIPLE = 64
+
+
+class TrainingError(ValueError):
+    """Training that cannot go on; the message says where, and what is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a training made.
+
+    Args:
+        run: Its directory.
+        history: One dictionary per epoch.
+        best_epoch: Epoch of the best checkpoint, from 1.
+        rows_per_second: Median over the epochs trained now, pairs per second of training; None if none was.
+        peak_memory: Most memory the process has held, in bytes; on a GPU also `gpu_peak_memory`.
+        gpu_peak_memory: Most memory held on the first GPU, in bytes; None without one.
+    """
+
+    run: Run
+    history: History
+    best_epoch: int
+    rows_per_second: float | None
+    peak_memory: int
+    gpu_peak_memory: int | None
+
+
+def set_determinism(seed: int) -> None:
+    """Makes everything that follows in this process depend on the seed alone."""
+    keras.utils.set_random_seed(seed)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.enable_op_determinism()
+
+
+def compile_model(model: keras.Model, config: TrainingConfig) -> None:
+    """Compiles a two-tower model: Adam, the sum over tasks of the mean sigmoid cross entropy, AUC per task."""
+    tasks = task_names(model)
+    model.compile(
+        optimizer=keras.optimizers.Adam(config.learning_rate),
+        loss={task: keras.losses.BinaryCrossentropy(from_logits=True) for task in tasks},
+        metrics={task: [keras.metrics.AUC(from_logits=True, name="auc")] for task in tasks},
+    )
+
+
+def build_training_model(config: RunConfig, schema: Schema) -> tuple[keras.Model, keras.Model]:
+    """The model to checkpoint, and the compiled model to train, which share their weights.
+
+    The first stays uncompiled, so that checkpoints are free of optimizer state; the second is its `distinct_model` if
+    the settings say so.
+    """
+    plain = build_model(config.model.name, schema, config.model)
+    model = distinct_model(plain) if config.training.distinct else keras.Model(plain.input, plain.output)
+    compile_model(model, config.training)
+    return plain, model
+
+
+def mean_validation_auc(logs: dict[str, Any]) -> float:
+    """The mean over tasks of the validation AUCs in the logs of an epoch."""
+    return float(np.mean([value for name, value in logs.items() if name.startswith("val_") and name.endswith("_auc")]))
+
+
+def best_epoch(history: History) -> int:
+    """Index of the epoch with the best mean validation AUC, the first of equals."""
+    return int(np.argmax([epoch["val_auc"] for epoch in history]))
+
+
+def is_finished(history: History, config: TrainingConfig) -> bool:
+    """Whether all epochs are done, or `patience` epochs have passed without a better one."""
+    if len(history) >= config.epochs:
+        return True
+    return bool(config.patience and history) and len(history) - 1 - best_epoch(history) >= config.patience
+
+
+class RunKeeper(keras.callbacks.Callback):
+    """Keeps a run directory up to date, and stops training that has finished or diverged.
+
+    The state file is written last: a process killed at any moment resumes at the last epoch that finished, whose
+    successors it repeats exactly.
+
+    Args:
+        run: The run.
+        plain: The model to checkpoint; the model in training may be its `distinct_model`.
+        history: The epochs that finished before.
+        config: Settings of the training.
+        rows: Pairs per epoch.
+    """
+
+    def __init__(self, run: Run, plain: keras.Model, history: History, config: TrainingConfig, rows: int) -> None:
+        super().__init__()
+        self.run, self.plain, self.history, self.config, self.rows = run, plain, history, config, rows
+        self._epoch = self._started = self._stopped = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch, self._started = epoch, time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        loss = float(logs["loss"])
+        self._stopped = time.perf_counter()
+        if not math.isfinite(loss):
+            kept = (
+                f"The best checkpoint so far, {self.run.checkpoint}, is kept."
+                if self.run.checkpoint.is_file()
+                else "No epoch had finished, so there is no checkpoint."
+            )
+            raise TrainingError(
+                f"The loss became {loss} in epoch {self._epoch + 1}, step {batch + 1}. {kept} Try a lower "
+                f"--learning_rate; it was {self.config.learning_rate}."
+            )
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["val_auc"] = mean_validation_auc(logs)
+        logs["rows_per_second"] = self.rows / (self._stopped - self._started)
+        self.history.append({"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}})
+        if best_epoch(self.history) == epoch:
+            self.run.save_checkpoint(self.plain)
+        self.run.save_state(self.model, self.history)
+        if is_finished(self.history, self.config):
+            self.model.stop_training = True
+
+
+def train(run: Run, report: Any = print) -> Result:
+    """Trains the model of a run, from its last finished epoch on.
+
+    Args:
+        run: A run directory, new or interrupted.
+        report: Called with lines of text.
+
+    Returns:
+        What was made; everything else is in the run directory.
+
+    Raises:
+        TrainingError: If the loss becomes NaN or infinite.
+    """
+    config = run.config.training
+    set_determinism(config.seed)
+    plain, model = build_training_model(run.config, run.prepared.schema)
+    history = run.restore_state(model)
+    finished = len(history)
+    training = Batches(run.prepared.part("train"), config.batch_size, config.distinct, DISTINCT_MULTIPLE)
+    validation = Batches(run.prepared.part("validation"), EVALUATION_BATCH, config.distinct, DISTINCT_MULTIPLE)
+    report(
+        f"{plain.name}: {plain.count_params():,} parameters, {len(training.data):,} training pairs in "
+        f"{training.steps:,} batches, {len(validation.data):,} validation pairs"
+    )
+    if is_finished(history, config):
+        report(f"All {finished} epochs of {run.folder} have finished already.")
+    else:
+        if finished:
+            report(f"Continuing {run.folder} after epoch {finished}.")
+        model.fit(
+            training.epochs(config.seed, finished),
+            steps_per_epoch=training.steps,
+            epochs=config.epochs,
+            initial_epoch=finished,
+            validation_data=validation.in_order(),
+            shuffle=False,
+            verbose=1 if sys.stdout.isatty() else 2,
+            callbacks=[
+                RunKeeper(run, plain, history, config, len(training.data)),
+                keras.callbacks.TensorBoard(run.logs, write_graph=False),
+            ],
+        )
+    speeds = [epoch["rows_per_second"] for epoch in history[finished:]]
+    return Result(
+        run,
+        history,
+        best_epoch(history) + 1,
+        float(np.median(speeds)) if speeds else None,
+        # Kilobytes on Linux, bytes on macOS.
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        _gpu_peak_memory(),
+    )
+
+
+def _gpu_peak_memory() -> int | None:
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    if not tf.config.list_physical_devices("GPU"):
+        return None
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]

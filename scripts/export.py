@@ -1,0 +1,36 @@
+"""Exports a trained run as a SavedModel: raw features in, probabilities out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mvke_tf.cli import run_main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint_path", type=Path, required=True, help="run folder, or the best.keras in it")
+    parser.add_argument("--export_path", type=Path, help="folder of all versions (default: export in the run folder)")
+    parser.add_argument("--model", help="name of the model that the run must hold")
+    args = parser.parse_args()
+    if not args.checkpoint_path.exists():
+        parser.error(f"--checkpoint_path: there is nothing at {args.checkpoint_path}. Expected for example runs/<name>")
+
+    from mvke_tf.run import Run
+    from mvke_tf.serving import export_run
+
+    run = Run.open(args.checkpoint_path)
+    if args.model not in (None, run.config.model.name):
+        raise ValueError(f"{run.folder} holds the model {run.config.model.name!r}. Received: --model {args.model}")
+    path = export_run(run, args.export_path)
+    load = f"import tensorflow as tf; print(tf.saved_model.load({str(path.resolve())!r}).signatures['serving_default'])"
+    print(f"SavedModel: {path}   (its inputs and outputs: {path / 'signatures.json'})")
+    print(f'Load it: python -c "{load}"')
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,208 @@
+import itertools
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from mvke_tf.data.dataset import Batches, PairData
+
+PAIRS, STATES, ITEMS, BATCH = 103, 31, 17, 10
+STEPS = 11
+
+
+@pytest.fixture(scope="module")
+def data() -> PairData:
+    """Random pairs; the label `pair` is the number of the pair."""
+    random = np.random.default_rng(0)
+    return PairData(
+        users={
+            "user_id": random.integers(0, 99, STATES).astype(np.int32),
+            "recent": random.integers(0, 99, (STATES, 3)).astype(np.int32),
+            "recent_weights": random.random((STATES, 3), np.float32),
+        },
+        items={"item_id": random.integers(0, 99, ITEMS).astype(np.int32)},
+        user_rows=random.integers(0, STATES, PAIRS).astype(np.int32),
+        item_rows=random.integers(0, ITEMS, PAIRS).astype(np.int32),
+        labels={"pair": np.arange(PAIRS), "ctr": random.integers(0, 2, PAIRS).astype(np.int8)},
+    )
+
+
+def read(dataset: tf.data.Dataset) -> list[tuple[dict, dict]]:
+    return list(dataset.as_numpy_iterator())
+
+
+def order(batches: list[tuple[dict, dict]]) -> list[int]:
+    """Numbers of the pairs in the order in which they came."""
+    return [int(pair) for _, labels in batches for pair in labels["pair"][:, 0]]
+
+
+def check_batches(data: PairData, batches: list[tuple[dict, dict]]) -> None:
+    """Every batch, plain or distinct, holds the features and labels of its pairs, by naive gathers."""
+    for inputs, labels in batches:
+        pairs = labels["pair"][:, 0].astype(int)
+        user, item = inputs.get("user_rows", slice(None)), inputs.get("item_rows", slice(None))
+        for tower, table, rows in ((user, data.users, data.user_rows), (item, data.items, data.item_rows)):
+            for name, column in table.items():
+                expected = np.array([column[rows[pair]] for pair in pairs])
+                np.testing.assert_array_equal(inputs[name][tower], expected, err_msg=name)
+                assert inputs[name].dtype == column.dtype
+        assert set(inputs) - {"user_rows", "item_rows"} == {*data.users, *data.items}
+        assert set(labels) == {"pair", "ctr"}
+        assert labels["ctr"].shape == (len(pairs), 1)
+        assert labels["ctr"].dtype == np.float32
+        assert labels["ctr"][:, 0].tolist() == [data.labels["ctr"][pair] for pair in pairs]
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_in_order(data, distinct):
+    batches = read(Batches(data, BATCH, distinct).in_order())
+    assert order(batches) == list(range(PAIRS))
+    assert [len(labels["pair"]) for _, labels in batches] == [BATCH] * (STEPS - 1) + [3]
+    check_batches(data, batches)
+
+
+def test_ids_are_int32(data):
+    element = Batches(data, BATCH, distinct=True).in_order().element_spec[0]
+    assert {name: spec.dtype.name for name, spec in element.items()} == {
+        "user_id": "int32",
+        "recent": "int32",
+        "recent_weights": "float32",
+        "item_id": "int32",
+        "user_rows": "int32",
+        "item_rows": "int32",
+    }
+    assert [element[name].shape.as_list() for name in ("user_id", "recent")] == [[None], [None, 3]]
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_shuffled_holds_every_pair_once_per_epoch(data, distinct):
+    batches = Batches(data, BATCH, distinct)
+    dataset = batches.shuffled(seed=1)
+    epochs = [read(dataset) for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(order(epoch)) == list(range(PAIRS))
+        assert len(epoch) == STEPS
+        check_batches(data, epoch)
+    orders = [order(epoch) for epoch in epochs]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    again = batches.shuffled(seed=1)
+    assert [order(read(again)) for _ in range(3)] == orders
+    assert order(read(batches.shuffled(seed=2))) != orders[0]
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_epochs_depend_on_seed_and_number_alone(data, distinct):
+    batches = Batches(data, BATCH, distinct)
+    five = read(batches.epochs(seed=5).take(5 * STEPS))
+    resumed = read(Batches(data, BATCH, distinct).epochs(seed=5, first_epoch=3).take(2 * STEPS))
+    orders = [order(five[epoch * STEPS : (epoch + 1) * STEPS]) for epoch in range(5)]
+    assert all(sorted(one) == list(range(PAIRS)) for one in orders)
+    assert len(set(map(tuple, orders))) == 5
+    for (inputs, labels), (resumed_inputs, resumed_labels) in zip(five[3 * STEPS :], resumed, strict=True):
+        for name in inputs:
+            np.testing.assert_array_equal(inputs[name], resumed_inputs[name], err_msg=name)
+        for name in labels:
+            np.testing.assert_array_equal(labels[name], resumed_labels[name], err_msg=name)
+    assert order(read(batches.epochs(seed=6).take(STEPS))) != orders[0]
+
+
+@pytest.mark.parametrize("global_seed", [0, 1])
+def test_epochs_do_not_depend_on_the_global_seed(data, global_seed):
+    expected = order(read(Batches(data, BATCH).epochs(seed=5).take(STEPS)))
+    keras.utils.set_random_seed(global_seed)
+    assert order(read(Batches(data, BATCH).epochs(seed=5).take(STEPS))) == expected
+
+
+def test_shuffling_is_no_mere_rotation(data):
+    position = np.array(order(read(Batches(data, BATCH).shuffled(seed=0))))
+    assert abs(np.corrcoef(position, np.arange(PAIRS))[0, 1]) < 0.3
+    assert (np.diff(position) == 1).mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("pairs", "batch_size", "steps"), [(PAIRS, BATCH, STEPS), (100, BATCH, 10), (5, BATCH, 1), (3, 1, 3)]
+)
+def test_cardinality(data, pairs, batch_size, steps):
+    data = data.take(np.arange(pairs))
+    batches = Batches(data, batch_size)
+    assert data.steps(batch_size) == batches.steps == steps
+    assert batches.in_order().cardinality() == steps
+    assert batches.shuffled(seed=0).cardinality() == steps
+    assert len(read(batches.in_order())) == len(read(batches.shuffled(seed=0))) == steps
+    assert batches.epochs(seed=0).cardinality() < 0
+
+
+def test_fit_for_two_epochs_does_not_run_out_of_data(data):
+    inputs = {name: keras.Input((), dtype="int32", name=name) for name in ("user_id", "item_id")}
+    vectors = [keras.layers.Embedding(99, 2)(tensor) for tensor in inputs.values()]
+    model = keras.Model(inputs, {"ctr": keras.layers.Dot(1, name="ctr")(vectors)})
+    model.compile("sgd", {"ctr": keras.losses.BinaryCrossentropy(from_logits=True)})
+    batches = Batches(data, BATCH)
+    for dataset, steps in ((batches.shuffled(seed=0), None), (batches.epochs(seed=0), STEPS)):
+        dataset = dataset.map(lambda inputs, labels: (
+            {name: inputs[name] for name in ("user_id", "item_id")}, {"ctr": labels["ctr"]}
+        ))
+        seen = []
+        count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs, seen=seen: seen.append(batch))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="(?s).*ran out of data")
+            model.fit(dataset, epochs=2, steps_per_epoch=steps, callbacks=[count], shuffle=False, verbose=0)
+        assert seen == [*range(STEPS)] * 2
+
+
+def test_distinct_rows_occur_once(data):
+    # Columns that tell rows apart.
+    data = PairData(
+        {"user": np.arange(STATES)}, {"item": np.arange(ITEMS)}, data.user_rows, data.item_rows, data.labels
+    )
+    for inputs, labels in read(Batches(data, 40, distinct=True).shuffled(seed=0)):
+        pairs = labels["pair"][:, 0].astype(int)
+        assert len(inputs["user_rows"]) == len(inputs["item_rows"]) == len(pairs)
+        assert sorted(inputs["user"]) == sorted(set(data.user_rows[pairs]))
+        assert sorted(inputs["item"]) == sorted(set(data.item_rows[pairs]))
+
+
+@pytest.mark.parametrize("pad", [1, 8, 64])
+def test_padding_fills_up_to_a_multiple(data, pad):
+    plain = read(Batches(data, 40, distinct=True).in_order())
+    padded = read(Batches(data, 40, distinct=True, pad=pad).in_order())
+    check_batches(data, padded)
+    for (inputs, _), (wide, _) in zip(plain, padded, strict=True):
+        for rows, table in (("user_rows", data.users), ("item_rows", data.items)):
+            np.testing.assert_array_equal(wide[rows], inputs[rows])
+            for name, column in table.items():
+                count = len(inputs[name])
+                assert len(wide[name]) == -(-count // pad) * pad
+                np.testing.assert_array_equal(wide[name][:count], inputs[name])
+                assert (wide[name][count:] == column[0]).all()
+                assert wide[rows].max() < count
+
+
+def test_pairs_of_one_state_stay_together(data):
+    dataset = Batches(data, BATCH, distinct=True).shuffled(seed=3)
+    orders = [[data.user_rows[pair] for pair in order(read(dataset))] for _ in range(2)]
+    for states in orders:
+        changes = 1 + sum(before != after for before, after in itertools.pairwise(states))
+        assert changes == len(set(states))
+    assert orders[0] != orders[1]
+
+
+def test_take(data):
+    rows = np.array([7, 3, 3, 100])
+    taken = data.take(rows)
+    assert len(taken) == 4
+    assert taken.users is data.users
+    batches = read(Batches(taken, 3).in_order())
+    assert order(batches) == [7, 3, 3, 100]
+    check_batches(data, batches)
+
+
+def test_errors(data):
+    with pytest.raises(ValueError, match=r"`batch_size` must be at least 1\. Received: 0"):
+        Batches(data, 0)
+    with pytest.raises(ValueError, match=r"`pad` must be 0 .*Received: -8"):
+        Batches(data, BATCH, distinct=True, pad=-8)
+    with pytest.raises(ValueError, match=r"at least one pair.*Received: no pair"):
+        Batches(data.take(np.arange(0)), BATCH)

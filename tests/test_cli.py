@@ -1,0 +1,139 @@
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mvke_tf.cli import positive_int, run_main
+from mvke_tf.data.movielens import DataError
+
+EVALUATE = Path(__file__).resolve().parents[1] / "scripts" / "evaluate.py"
+
+
+def raises(error: BaseException):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+def status(main) -> int:
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    return ended.value.code
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """Runs scripts/evaluate.py from an empty folder."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+    def call(*arguments) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(EVALUATE), *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    return call
+
+
+def test_a_main_that_returns_ends_with_0():
+    called = []
+    assert status(lambda: called.append(True)) == 0
+    assert called == [True]
+
+
+@pytest.mark.parametrize("kind", [ValueError, DataError])
+def test_errors_of_the_user_are_told_without_traceback(kind, capsys, monkeypatch):
+    monkeypatch.delenv("MVKE_DEBUG", raising=False)
+    assert status(raises(kind("u.data:3 has no rating"))) == 2
+    output, error = capsys.readouterr()
+    assert error.splitlines()[0] == "error: u.data:3 has no rating"
+    assert "Traceback" not in error and output == ""
+
+
+def test_debugging_shows_the_traceback(capsys, monkeypatch):
+    monkeypatch.setenv("MVKE_DEBUG", "1")
+    assert status(raises(DataError("bad"))) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and error.endswith("error: bad\n")
+
+
+def test_ctrl_c_ends_with_130(capsys):
+    assert status(raises(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"
+
+
+def test_a_defect_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 // 0)
+
+
+def test_a_status_of_main_passes_through():
+    assert status(lambda: sys.exit(7)) == 7
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "2"), ("0", "0")])
+def test_tensorflow_logs_little_unless_told_otherwise(before, after, monkeypatch):
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", before or "")
+    if before is None:
+        monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    seen = []
+    assert status(lambda: seen.append(os.environ["TF_CPP_MIN_LOG_LEVEL"])) == 0
+    assert seen == [after]
+
+
+def test_positive_int():
+    assert positive_int("12") == 12
+    for text in ("0", "-3", "1.5", "many", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
+            positive_int(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--help"], "0"),
+        (["--checkpoint_path", "nowhere"], "2"),
+        (["--checkpoint_path", ".", "--split", "tset"], "2"),
+        (["--checkpoint_path", ".", "--batch_size", "0"], "2"),
+    ],
+)
+def test_help_and_bad_arguments_import_nothing_heavy(arguments, expected):
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as ended:\n    print('status', ended.code)\n"
+        "print('heavy', sorted({'tensorflow', 'keras', 'pandas', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+    )
+    prefix = f"import sys; sys.argv = {[str(EVALUATE), *arguments]!r}\n"
+    done = subprocess.run([sys.executable, "-c", prefix + code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-2:] == [f"status {expected}", "heavy []"], done.stderr
+
+
+def test_evaluate_without_a_run_says_what_to_give(evaluate, tmp_path):
+    missing = evaluate("--checkpoint_path", tmp_path / "missing")
+    assert missing.returncode == 2
+    assert missing.stderr.endswith(f"error: argument --checkpoint_path: there is nothing at {tmp_path / 'missing'}\n")
+    no_run = evaluate("--checkpoint_path", tmp_path)
+    assert no_run.returncode == 2
+    assert no_run.stderr.splitlines()[-1].startswith(f"error: There is no run at {tmp_path}. Expected a folder such as")
+    assert "Traceback" not in no_run.stderr
+
+
+def test_evaluate_refuses_another_model_than_the_run_holds(evaluate, tiny_run):
+    done = evaluate("--checkpoint_path", tiny_run.folder, "--model", "mmoe")
+    assert done.returncode == 2
+    assert f"error: --model does not fit the run {tiny_run.folder}. Expected: mvke. Received: mmoe" in done.stderr
+    assert not tiny_run.report_file.exists()
+
+
+def test_evaluate_prints_the_table_and_the_paths(evaluate, tiny_run):
+    done = evaluate("--model", "mvke", "--checkpoint_path", tiny_run.checkpoint, "--split", "validation")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("Evaluating ") and lines[2].split()[:2] == ["task", "users"]
+    assert [line.split()[0] for line in lines[4:10]] == ["ctr"] * 3 + ["cvr"] * 3
+    figures = [tiny_run.figures / f"validation_{name}.png" for name in ("roc", "calibration")]
+    assert lines[-3:] == [str(path) for path in (tiny_run.report_file, *figures)]
+    assert all(path.is_file() for path in (tiny_run.report_file, *figures))
