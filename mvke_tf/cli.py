@@ -23,8 +23,8 @@ def run_main(main: Callable[[], None]) -> NoReturn:
 
     The errors of this package that a user can mend are `ValueError`s (`RunError`, `DataError`, bad settings). They
     become one line on stderr, without a traceback unless the environment has `MVKE_DEBUG=1`. Anything else is a defect
-    and keeps its traceback. TensorFlow is told to log errors only, unless the environment says otherwise; for that,
-    `main` must import it inside.
+    and keeps its traceback. `TF_CPP_MIN_LOG_LEVEL` is set to 2 (errors) unless the environment has it; for that,
+    `main` must import TensorFlow inside.
 
     Args:
         main: Parses the command line and does the work.

@@ -74,7 +74,7 @@ class ModelConfig:
     num_virtual_kernels: int = 5
     shared_experts: bool = False
     dropout_rate: float = 0.3
-    embedding_dropout_rate: float = 0.0
+    embedding_dropout_rate: float = 0.2
     kernel_stddev: float = 0.01
     embedding_stddev: float = 0.01
 
@@ -137,5 +137,6 @@ class RunConfig:
             ValueError: If a section or a setting is unknown.
         """
         sections = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
-        return from_dict(cls, {key: from_dict(sections[key], value) if key in sections else value
-                               for key, value in values.items()})
+        return from_dict(
+            cls, {key: from_dict(sections[key], value) if key in sections else value for key, value in values.items()}
+        )

@@ -22,7 +22,7 @@ from mvke_tf.data.dataset import Batches, PairData
 from mvke_tf.data.movielens import DataError
 from mvke_tf.data.prepared import Prepared
 from mvke_tf.files import write_json, written_whole
-from mvke_tf.metrics import auc, binary_metrics, calibration_bins, defined
+from mvke_tf.metrics import auc, binary_metrics, calibration_bins, calibration_error, defined
 from mvke_tf.models.two_tower import task_names
 from mvke_tf.run import Run, RunError
 
@@ -188,8 +188,8 @@ def calibration_figure(labels: Probabilities, probabilities: Probabilities, part
     figure, axes = _square_axes(f"Calibration, {part} part, {_rows(labels)} rows\nAUC: {areas}")
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=(0, (1, 3)), label="perfectly calibrated")
     for task, style in zip(labels, _styles(), strict=False):
-        predicted, observed, rows = calibration_bins(labels[task], probabilities[task])
-        error = np.average(np.abs(predicted - observed), weights=rows)
+        predicted, observed, _ = calibration_bins(labels[task], probabilities[task])
+        error = calibration_error(labels[task], probabilities[task])
         axes.plot(predicted, observed, label=f"{task.upper()}, calibration error {error:.4f}", **style)
     axes.set_xlabel("Mean predicted probability of a bin")
     axes.set_ylabel("Observed share of positives in the bin")

@@ -43,9 +43,7 @@ def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float:
     rows = pd.DataFrame({"group": groups, "label": np.asarray(labels, np.float64), "score": scores})
     # The rank-sum form of the AUC; tied scores share their mean rank.
     rows["positive_rank"] = rows.groupby("group")["score"].rank() * rows["label"]
-    sums = rows.groupby("group").agg(
-        rows=("label", "size"), positives=("label", "sum"), ranks=("positive_rank", "sum")
-    )
+    sums = rows.groupby("group").agg(rows=("label", "size"), positives=("label", "sum"), ranks=("positive_rank", "sum"))
     sums = sums[(sums["positives"] > 0) & (sums["positives"] < sums["rows"])]
     if sums.empty:
         return math.nan

@@ -1,14 +1,14 @@
 """One run directory: settings, data, checkpoints, logs, report, export.
 
-    runs/<name>/
-        config.json      settings of data, model and training
-        prepared.npz     the prepared data, encoders included (a hard link where the file system has them)
-        best.keras       the model of the epoch with the best mean validation AUC
-        state.npz        everything that resuming needs: weights, optimizer, seeds, history
-        log.csv          one row per epoch
-        tensorboard/     for `tensorboard --logdir runs`
-        report.json      what scripts/evaluate.py measured; figures/ holds its pictures
-        export/          what scripts/export.py wrote
+runs/<name>/
+    config.json      settings of data, model and training
+    prepared.npz     the prepared data, encoders included (a hard link where the file system has them)
+    best.keras       the model of the epoch with the best mean validation AUC
+    state.npz        everything that resuming needs: weights, optimizer, seeds, history
+    log.csv          one row per epoch
+    tensorboard/     for `tensorboard --logdir runs`
+    report.json      what scripts/evaluate.py measured; figures/ holds its pictures
+    export/          what scripts/export.py wrote
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from functools import cached_property
 from pathlib import Path
 
@@ -109,11 +110,14 @@ class Run:
         """The best checkpoint.
 
         Raises:
-            RunError: If training has not finished an epoch yet.
+            RunError: If training has not finished an epoch yet, or the file is damaged.
         """
         if not self.checkpoint.is_file():
             raise RunError(f"{self.folder} has no checkpoint yet. Train it: scripts/train.py --resume {self.folder}")
-        return keras.saving.load_model(self.checkpoint, compile=False)
+        try:
+            return keras.saving.load_model(self.checkpoint, compile=False)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise RunError(f"{self.checkpoint} is damaged ({error}). Train again.") from error
 
     def save_checkpoint(self, model: keras.Model) -> None:
         """Makes `model` the best checkpoint."""
@@ -133,19 +137,27 @@ class Run:
 
         Returns:
             The history so far, one dictionary per finished epoch; empty if none has finished.
+
+        Raises:
+            RunError: If the state is damaged or belongs to another model.
         """
         if not self.state_file.is_file():
             return []
-        with np.load(self.state_file) as file:
-            variables = _state_variables(model)
-            if len(variables) != len(file.files) - 1:
-                raise RunError(
-                    f"{self.state_file} holds {len(file.files) - 1} variables, but the model of config.json has "
-                    f"{len(variables)}. It was made by another version; train anew."
-                )
-            for index, variable in enumerate(variables):
-                variable.assign(file[f"variable_{index:04d}"])
-            return json.loads(str(file["history"]))
+        variables = _state_variables(model)
+        try:
+            with np.load(self.state_file) as file:
+                arrays = {name: file[name] for name in file.files}
+            history = json.loads(str(arrays.pop("history")))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise RunError(f"{self.state_file} is damaged ({error}). Train anew.") from error
+        if [array.shape for array in arrays.values()] != [tuple(variable.shape) for variable in variables]:
+            raise RunError(
+                f"{self.state_file} holds {len(arrays)} variables that are not those of the model of config.json "
+                f"({len(variables)} variables). The settings or the version have changed; train anew."
+            )
+        for variable, value in zip(variables, arrays.values(), strict=True):
+            variable.assign(value)
+        return history
 
 
 def _state_variables(model: keras.Model) -> list[keras.Variable]:

@@ -10,6 +10,8 @@ from mvke_tf.config import from_dict
 TOWERS = ("user", "item")
 TASK_KINDS = ("binary", "regression")
 WEIGHTS_SUFFIX = "_weights"
+# Inputs of a batch of distinct entities: which user and which item each pair consists of.
+USER_ROWS, ITEM_ROWS = "user_rows", "item_rows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +45,7 @@ class Feature:
                 f"Received: vocabulary_size={self.vocabulary_size}, length={self.length}"
             )
         if not 0.0 <= self.unknown_rate <= 1.0:
-            raise ValueError(
-                f"Feature {self.name!r}: `unknown_rate` must lie in [0, 1]. Received: {self.unknown_rate}"
-            )
+            raise ValueError(f"Feature {self.name!r}: `unknown_rate` must lie in [0, 1]. Received: {self.unknown_rate}")
 
     @property
     def table(self) -> str:
@@ -117,9 +117,10 @@ class Schema:
         for feature in self.features:
             owner = by_name.get(feature.table)
             if owner is None or owner.embedding is not None:
+                tables = sorted(name for name, other in by_name.items() if other.embedding is None)
                 raise ValueError(
                     f"Feature {feature.name!r}: `embedding` must name a feature that owns a table. "
-                    f"Received: {feature.embedding!r}; tables: {sorted(n for n, f in by_name.items() if not f.embedding)}"
+                    f"Received: {feature.embedding!r}; tables: {tables}"
                 )
             if owner.vocabulary_size != feature.vocabulary_size:
                 raise ValueError(

@@ -97,7 +97,7 @@ class Serving(tf.Module):
             )
         self.model = model
         # TensorFlow saves the tables of these layers only if it can reach them from here.
-        self.lookups = dict(encoder._layers)
+        self.lookups = dict(encoder.layers)
         self._encoder = encoder
 
     def signatures(self) -> dict[str, Signature]:
@@ -108,14 +108,15 @@ class Serving(tf.Module):
             "serving_default": Signature(
                 "Probability of each task for each pair of a user and an item, from their raw features; all inputs "
                 "have the same number of rows.",
-                inputs, outputs, self.probabilities,
+                inputs,
+                outputs,
+                self.probabilities,
             )
         }
 
     def probabilities(self, **features: tf.Tensor) -> dict[str, tf.Tensor]:
         """Probabilities `{task: (B,)}` from the raw features of both towers."""
-        with tf.control_dependencies(_shape_checks(features)):
-            features = {name: tf.identity(tensor) for name, tensor in features.items()}
+        features = _checked(features)
         encoded = {name: column for tower in TOWERS for name, column in self._encoder.encode(features, tower).items()}
         logits = self.model(encoded, training=False)
         return {task: tf.sigmoid(logit[:, 0]) for task, logit in logits.items()}
@@ -140,7 +141,8 @@ def _feature_inputs(feature: RawFeature, kind: str) -> dict[str, Port]:
         feature.name: Port(
             _DTYPES[kind],
             (-1, -1),
-            f"{what}, list of any length{of}; the first {feature.length} slots count; {_UNKNOWN[kind]}",
+            f"{what}, list of any length{of}; the first {feature.length} count, in a history the most recent; "
+            f"{_UNKNOWN[kind]}",
         ),
         feature.name + WEIGHTS_SUFFIX: Port(
             "float32", (-1, -1), f"{feature.tower} feature, weight of each slot of {feature.name}; 0 is an empty slot"
@@ -148,27 +150,41 @@ def _feature_inputs(feature: RawFeature, kind: str) -> dict[str, Port]:
     }
 
 
-def _shape_checks(features: dict[str, tf.Tensor]) -> list[tf.Operation]:
-    """Without these, one row on one side would silently be paired with all rows of the other."""
-    first, *others = features
-    checks = [
-        tf.debugging.assert_equal(
-            tf.shape(features[name])[0],
-            tf.shape(features[first])[0],
-            message=f"Feature {name!r} must have as many rows as feature {first!r}.",
+def _checked(features: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The same features, once their shapes are found to agree.
+
+    Without this, one row on one side would silently be paired with all rows of the other. One assertion covers all
+    features, for speed, and still names those that are wrong.
+    """
+    features = {name: tf.ensure_shape(tensor, tensor.shape, name=name) for name, tensor in features.items()}
+    rows = tf.stack([tf.shape(tensor)[0] for tensor in features.values()])
+    counts = tf.unique_with_counts(rows)
+    checks = [_assert_equal(rows, counts.y[tf.argmax(counts.count)], list(features), "rows as the others")]
+    lists = [name for name in features if name + WEIGHTS_SUFFIX in features]
+    if lists:
+        weights = [name + WEIGHTS_SUFFIX for name in lists]
+        slots = {name: tf.shape(features[name])[1] for name in (*lists, *weights)}
+        checks.append(
+            _assert_equal(
+                tf.stack([slots[name] for name in weights]),
+                tf.stack([slots[name] for name in lists]),
+                weights,
+                "slots as its list",
+            )
         )
-        for name in others
-    ]
-    checks += [
-        tf.debugging.assert_equal(
-            tf.shape(features[name])[1],
-            tf.shape(features[name + WEIGHTS_SUFFIX])[1],
-            message=f"Feature {name + WEIGHTS_SUFFIX!r} must have as many slots as feature {name!r}.",
-        )
-        for name in features
-        if name + WEIGHTS_SUFFIX in features
-    ]
-    return checks
+    with tf.control_dependencies(checks):
+        return {name: tf.identity(tensor) for name, tensor in features.items()}
+
+
+def _assert_equal(received: tf.Tensor, expected: tf.Tensor, names: list[str], what: str) -> tf.Operation:
+    expected = tf.broadcast_to(expected, [len(names)])
+    wrong = received != expected
+    names, expected, received = (tf.boolean_mask(values, wrong) for values in (names, expected, received))
+    return tf.debugging.Assert(
+        ~tf.reduce_any(wrong),
+        [f"Each of these features must have as many {what}:", names, "Expected:", expected, "Received:", received],
+        summarize=-1,
+    )
 
 
 def export_saved_model(model: keras.Model, encoder: Encoder, path: Path) -> Path:
@@ -185,12 +201,7 @@ def export_saved_model(model: keras.Model, encoder: Encoder, path: Path) -> Path
     Raises:
         ValueError: If Keras does not run on TensorFlow, if `path` is a file, or if model and encoder do not match.
     """
-    if keras.backend.backend() != "tensorflow":
-        raise ValueError(
-            f"A SavedModel can only be written while Keras runs on TensorFlow. Received: the backend "
-            f"{keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow for this command; the checkpoint itself "
-            "serves every backend."
-        )
+    _check_backend()
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"Expected a folder to write the export to. Received a file: {path}")
@@ -204,6 +215,15 @@ def export_saved_model(model: keras.Model, encoder: Encoder, path: Path) -> Path
         described = {name: signature.describe() for name, signature in signatures.items()}
         write_json(temporary / SIGNATURES_FILE, described)
     return target
+
+
+def _check_backend() -> None:
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
+        raise ValueError(
+            f"A SavedModel can only be written while Keras runs on TensorFlow. Received: the backend {backend!r}. "
+            "Set KERAS_BACKEND=tensorflow for this command; the checkpoint itself serves every backend."
+        )
 
 
 def _next_version(path: Path) -> int:
@@ -226,4 +246,5 @@ def export_run(run: Run, export_dir: Path | None = None) -> Path:
         RunError: If the run has no checkpoint yet.
         ValueError: See `export_saved_model`.
     """
+    _check_backend()
     return export_saved_model(run.load_model(), run.prepared.encoder, export_dir or run.folder / "export")

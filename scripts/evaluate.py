@@ -13,13 +13,15 @@ from mvke_tf.cli import positive_int, run_main
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--checkpoint_path", type=Path, required=True, help="folder of the run, or the best.keras in it"
     )
     parser.add_argument("--model", help="name of the model, to make sure that the run holds it")
-    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="part of the data")
-    parser.add_argument("--batch_size", type=positive_int, default=4096, help="pairs per step")
+    parser.add_argument(
+        "--split", choices=("train", "validation", "test"), default="test", help="part of the data (default: test)"
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=4096, help="pairs per step (default: 4096)")
     arguments = parser.parse_args()
     if not arguments.checkpoint_path.exists():
         parser.error(f"argument --checkpoint_path: there is nothing at {arguments.checkpoint_path}")

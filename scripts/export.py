@@ -13,19 +13,22 @@ from mvke_tf.cli import run_main
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint_path", type=Path, required=True, help="run folder, or the best.keras in it")
-    parser.add_argument("--export_path", type=Path, help="folder of all versions (default: export in the run folder)")
-    parser.add_argument("--model", help="name of the model that the run must hold")
+    parser.add_argument(
+        "--checkpoint_path", type=Path, required=True, help="folder of the run, or the best.keras in it"
+    )
+    parser.add_argument("--export_path", type=Path, help="folder of all versions (default: <run>/export)")
+    parser.add_argument("--model", help="name of the model, to make sure that the run holds it")
     args = parser.parse_args()
     if not args.checkpoint_path.exists():
-        parser.error(f"--checkpoint_path: there is nothing at {args.checkpoint_path}. Expected for example runs/<name>")
+        parser.error(f"argument --checkpoint_path: there is nothing at {args.checkpoint_path}")
 
     from mvke_tf.run import Run
     from mvke_tf.serving import export_run
 
     run = Run.open(args.checkpoint_path)
-    if args.model not in (None, run.config.model.name):
-        raise ValueError(f"{run.folder} holds the model {run.config.model.name!r}. Received: --model {args.model}")
+    name = run.config.model.name
+    if args.model not in (None, name):
+        raise ValueError(f"--model does not fit the run {run.folder}. Expected: {name}. Received: {args.model}")
     path = export_run(run, args.export_path)
     load = f"import tensorflow as tf; print(tf.saved_model.load({str(path.resolve())!r}).signatures['serving_default'])"
     print(f"SavedModel: {path}   (its inputs and outputs: {path / 'signatures.json'})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -100,14 +101,16 @@ def check_layer(
         return type(layer).from_config({**layer.get_config(), **changes})
 
     built = clone()
-    built.build(*(array.shape for array in inputs))
+    # Keras' own `build` takes the shape of the first input only.
+    shapes = [array.shape for array in inputs][: len(inspect.signature(built.build).parameters)]
+    built.build(*shapes)
     assert {relative_path(weight): tuple(weight.shape) for weight in built.trainable_variables} == weights
 
     document = json.dumps(keras.saving.serialize_keras_object(layer))
     assert keras.saving.deserialize_keras_object(json.loads(document)).get_config() == layer.get_config()
 
     symbols = [
-        keras.Input(batch_shape=(None if array.shape[0] == BATCH else array.shape[0], *array.shape[1:]), dtype=array.dtype)
+        keras.Input(batch_shape=[None if size == BATCH else size for size in array.shape], dtype=array.dtype)
         for array in inputs
     ]
     symbol = layer(*symbols)
@@ -129,7 +132,7 @@ def check_layer(
         assert path in no_gradient or np.abs(gradient).max() > 1e-6, f"{path}: the gradient is zero"
 
     mixed = clone(dtype="mixed_bfloat16")
-    mixed.build(*(array.shape for array in inputs))
+    mixed.build(*shapes)
     mixed.set_weights(layer.get_weights())
     rounded = mixed(*inputs)
     assert keras.backend.standardize_dtype(rounded.dtype) == "bfloat16"

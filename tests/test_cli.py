@@ -1,5 +1,6 @@
 import argparse
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,13 +27,15 @@ def status(main) -> int:
 
 
 @pytest.fixture
-def evaluate(tmp_path):
-    """Runs scripts/evaluate.py from an empty folder."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+def evaluate(monkeypatch, capsys):
+    """Runs scripts/evaluate.py: its status, output and error output."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
-    def call(*arguments) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(EVALUATE), *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(EVALUATE), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(EVALUATE), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
 
     return call
 
@@ -112,26 +115,25 @@ def test_help_and_bad_arguments_import_nothing_heavy(arguments, expected):
 
 
 def test_evaluate_without_a_run_says_what_to_give(evaluate, tmp_path):
-    missing = evaluate("--checkpoint_path", tmp_path / "missing")
-    assert missing.returncode == 2
-    assert missing.stderr.endswith(f"error: argument --checkpoint_path: there is nothing at {tmp_path / 'missing'}\n")
-    no_run = evaluate("--checkpoint_path", tmp_path)
-    assert no_run.returncode == 2
-    assert no_run.stderr.splitlines()[-1].startswith(f"error: There is no run at {tmp_path}. Expected a folder such as")
-    assert "Traceback" not in no_run.stderr
+    status, _, error = evaluate("--checkpoint_path", tmp_path / "missing")
+    assert status == 2
+    assert error.endswith(f"error: argument --checkpoint_path: there is nothing at {tmp_path / 'missing'}\n")
+    status, _, error = evaluate("--checkpoint_path", tmp_path)
+    assert status == 2
+    assert error.startswith(f"error: There is no run at {tmp_path}. Expected a folder such as")
 
 
 def test_evaluate_refuses_another_model_than_the_run_holds(evaluate, tiny_run):
-    done = evaluate("--checkpoint_path", tiny_run.folder, "--model", "mmoe")
-    assert done.returncode == 2
-    assert f"error: --model does not fit the run {tiny_run.folder}. Expected: mvke. Received: mmoe" in done.stderr
+    status, _, error = evaluate("--checkpoint_path", tiny_run.folder, "--model", "mmoe")
+    assert status == 2
+    assert error.startswith(f"error: --model does not fit the run {tiny_run.folder}. Expected: mvke. Received: mmoe\n")
     assert not tiny_run.report_file.exists()
 
 
 def test_evaluate_prints_the_table_and_the_paths(evaluate, tiny_run):
-    done = evaluate("--model", "mvke", "--checkpoint_path", tiny_run.checkpoint, "--split", "validation")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    status, output, _ = evaluate("--model", "mvke", "--checkpoint_path", tiny_run.checkpoint, "--split", "validation")
+    assert status == 0
+    lines = output.splitlines()
     assert lines[0].startswith("Evaluating ") and lines[2].split()[:2] == ["task", "users"]
     assert [line.split()[0] for line in lines[4:10]] == ["ctr"] * 3 + ["cvr"] * 3
     figures = [tiny_run.figures / f"validation_{name}.png" for name in ("roc", "calibration")]

@@ -157,7 +157,7 @@ def test_results_table_of_a_part_that_was_not_evaluated():
 
 
 def test_an_unknown_part_is_an_error(tiny_run):
-    with pytest.raises(ValueError, match="Unknown part of the data.*'tset'"):
+    with pytest.raises(ValueError, match=r"Unknown part of the data.*'tset'"):
         evaluate_run(tiny_run, "tset", report=silent)
 
 
@@ -183,8 +183,10 @@ def test_a_damaged_report_is_an_error_and_stays(tiny_run, content):
 
 
 def test_predict_needs_a_two_tower_model(tiny_run):
-    inputs = {name: keras.Input(tensor.shape[1:], name=name, dtype=tensor.dtype)
-              for name, tensor in tiny_run.load_model().input.items()}
+    inputs = {
+        name: keras.Input(tensor.shape[1:], name=name, dtype=tensor.dtype)
+        for name, tensor in tiny_run.load_model().input.items()
+    }
     other = keras.Model(inputs, keras.layers.Dense(1)(keras.ops.cast(inputs["age"], "float32")[:, None]))
     with pytest.raises(ValueError, match="two-tower model"):
         predict(other, tiny_run.prepared.part("test"))

@@ -89,7 +89,7 @@ def test_calibration_does_not_depend_on_the_order_of_ties():
 
 
 def test_calibration_needs_a_bin():
-    with pytest.raises(ValueError, match="at least 1. Received: 0"):
+    with pytest.raises(ValueError, match=r"at least 1\. Received: 0"):
         calibration_bins(LABELS, SCORES, bins=0)
 
 

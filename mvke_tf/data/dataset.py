@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from mvke_tf.models.two_tower import ITEM_ROWS, USER_ROWS
+from mvke_tf.schema import ITEM_ROWS, USER_ROWS
 
 Table = dict[str, np.ndarray]
 

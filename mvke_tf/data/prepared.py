@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 from mvke_tf.config import DataConfig, from_dict
+from mvke_tf.data.dataset import PairData
 from mvke_tf.data.features import Encoder, Table, item_table, movielens_features, user_states
 from mvke_tf.data.movielens import DataError, MovieLens, read_movielens
 from mvke_tf.data.protocols import PARTS, describe, labelled_pairs
 from mvke_tf.data.sources import obtain_movielens
-from mvke_tf.data.dataset import PairData
 from mvke_tf.files import written_whole
 from mvke_tf.schema import Schema
 
@@ -107,7 +108,7 @@ class Prepared:
             meta = json.loads(str(arrays["meta"]))
         except FileNotFoundError:
             raise DataError(f"There is no prepared data at {path}. {remedy}") from None
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is damaged ({error}). Delete it. {remedy}") from error
         if meta.get("format") != FORMAT:
             raise DataError(f"{path} has format {meta.get('format')}, expected {FORMAT}. Delete it. {remedy}")

@@ -64,10 +64,11 @@ class FieldEmbedding(keras_rs.layers.EmbedReduce):
         if training and self.unknown_rate:
             kept = keras.random.uniform(ops.shape(inputs), seed=self.seed_generator) >= self.unknown_rate
             inputs = ops.where(kept, inputs, ops.zeros_like(inputs))
+        if weights is not None:
+            weights = ops.cast(weights, self.compute_dtype)
         # A gather of (B, L, D) rows costs more, most of all to differentiate, than a product with a smaller bag (B, V).
         if weights is None or self.combiner != "mean" or self.input_dim >= inputs.shape[-1] * self.output_dim:
             return super().call(inputs, weights)
-        weights = ops.cast(weights, self.compute_dtype)
         rows = ops.broadcast_to(ops.expand_dims(ops.arange(ops.shape(inputs)[0]), 1), ops.shape(inputs))
         indices = ops.reshape(ops.stack([rows, ops.cast(inputs, rows.dtype)], axis=-1), (-1, 2))
         bag = ops.scatter(indices, ops.reshape(weights, (-1,)), (ops.shape(inputs)[0], self.input_dim))

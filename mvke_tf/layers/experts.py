@@ -65,7 +65,9 @@ class Experts(keras.layers.Layer):
         self.shared = shared
         self.dropout_rate = dropout_rate
         self.seed = seed
-        self.dropout = keras.layers.Dropout(dropout_rate, noise_shape=(1, None, None), seed=seed, dtype=self.dtype_policy)
+        self.dropout = keras.layers.Dropout(
+            dropout_rate, noise_shape=(1, None, None), seed=seed, dtype=self.dtype_policy
+        )
         self.expert_kernels: list[keras.Variable] = []
         self.expert_biases: list[keras.Variable] = []
 
@@ -184,4 +186,3 @@ def check_indices(indices: Sequence[int], size: int | None = None) -> tuple[int,
     if size is not None and max(indices) >= size:
         raise ValueError(f"Expected indices below {size}. Received: {indices}")
     return indices
-

@@ -28,7 +28,9 @@ def default_kernels(num_tasks: int, num_kernels: int) -> tuple[tuple[int, ...], 
     )
 
 
-def mvke_towers(user_fields: Any, item_fields: Any, tasks: Sequence[Task], config: ModelConfig) -> tuple[Vectors, Vectors]:
+def mvke_towers(
+    user_fields: Any, item_fields: Any, tasks: Sequence[Task], config: ModelConfig
+) -> tuple[Vectors, Vectors]:
     """The two towers of MVKE.
 
     User side: virtual-kernel attention, one expert per kernel; the vector of a task is its kernels' expert outputs
@@ -46,7 +48,9 @@ def mvke_towers(user_fields: Any, item_fields: Any, tasks: Sequence[Task], confi
     """
     dim, num_kernels = config.embedding_dim, config.num_virtual_kernels
     table = VirtualKernels(num_kernels, dim, config.kernel_stddev, name="virtual_kernels")
-    attended = VirtualKernelAttention(name="virtual_kernel_attention")(user_fields, table(user_fields))
+    attended, _ = VirtualKernelAttention(name="virtual_kernel_attention")(
+        user_fields, table(user_fields), return_attention_scores=True
+    )
     experts = Experts(
         num_kernels, config.hidden_dims, dim, config.shared_experts, config.dropout_rate, name="virtual_kernel_experts"
     )(attended)
@@ -96,7 +100,5 @@ def gate_model(model: keras.Model) -> keras.Model:
 
 def field_attention_model(model: keras.Model) -> keras.Model:
     """The field attention of a built or loaded MVKE, `{user feature: tensor} -> (B, F, K)`, summing to 1 over F."""
-    layer = model.get_layer("virtual_kernel_attention")
-    fields, kernels = layer._inbound_nodes[0].input_tensors
-    _, scores = layer(fields, kernels, return_attention_scores=True)
+    _, scores = model.get_layer("virtual_kernel_attention").output
     return cut(model, scores, name="field_attention")

@@ -13,12 +13,11 @@ import keras
 
 from mvke_tf.config import ModelConfig
 from mvke_tf.layers import FieldEmbedding, GatherRows, RowDot
-from mvke_tf.schema import WEIGHTS_SUFFIX, Feature, Schema, Task
+from mvke_tf.schema import ITEM_ROWS, USER_ROWS, WEIGHTS_SUFFIX, Feature, Schema, Task
 
 Vectors = dict[str, Any]
 Towers = Callable[[Any, Any, Sequence[Task], ModelConfig], tuple[Vectors, Vectors]]
 
-USER_ROWS, ITEM_ROWS = "user_rows", "item_rows"
 _VECTOR = "{tower}_vector_{task}"
 
 
@@ -149,7 +148,5 @@ def distinct_model(model: keras.Model) -> keras.Model:
         vectors[side] = {
             task: GatherRows(name=f"{side}_rows_{task}")(vector, rows[name]) for task, vector in part.output.items()
         }
-    logits = {
-        task: model.get_layer(task)(vectors["user"][task], vectors["item"][task]) for task in task_names(model)
-    }
+    logits = {task: model.get_layer(task)(vectors["user"][task], vectors["item"][task]) for task in task_names(model)}
     return keras.Model({**user.input, **item.input, **rows}, logits, name=f"{model.name}_distinct")

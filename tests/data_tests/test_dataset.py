@@ -141,9 +141,9 @@ def test_fit_for_two_epochs_does_not_run_out_of_data(data):
     model.compile("sgd", {"ctr": keras.losses.BinaryCrossentropy(from_logits=True)})
     batches = Batches(data, BATCH)
     for dataset, steps in ((batches.shuffled(seed=0), None), (batches.epochs(seed=0), STEPS)):
-        dataset = dataset.map(lambda inputs, labels: (
-            {name: inputs[name] for name in ("user_id", "item_id")}, {"ctr": labels["ctr"]}
-        ))
+        dataset = dataset.map(
+            lambda inputs, labels: ({name: inputs[name] for name in ("user_id", "item_id")}, {"ctr": labels["ctr"]})
+        )
         seen = []
         count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs, seen=seen: seen.append(batch))
         with warnings.catch_warnings():

@@ -37,9 +37,9 @@ def random_movielens(seed: int = 0, users: int = 12, items: int = 30, ratings: i
                 "zip_code": "00000",
             }
         ),
-        items=pd.DataFrame(
-            {"item_id": item_ids, "title": "A film", "release_year": years, "genres": genres}
-        ).sample(frac=1, random_state=0, ignore_index=True),
+        items=pd.DataFrame({"item_id": item_ids, "title": "A film", "release_year": years, "genres": genres}).sample(
+            frac=1, random_state=0, ignore_index=True
+        ),
     )
 
 
@@ -176,7 +176,8 @@ def test_random_split(frames):
 def test_split_does_not_depend_on_the_negatives(frames, split):
     parts = [
         labelled_pairs(frames.ratings, frames.items, DataConfig(split=split, neg_ratio=neg_ratio))
-        .query("rating > 0")["part"].tolist()
+        .query("rating > 0")["part"]
+        .tolist()
         for neg_ratio in (0, 1, 3)
     ]
     assert parts[0] == parts[1] == parts[2]

@@ -49,7 +49,7 @@ def test_other_kernels_get_no_gradient():
 
 @pytest.mark.parametrize("kernels", [(), (1, 1), (-1, 0)])
 def test_rejects_empty_repeated_and_negative_kernels(kernels):
-    with pytest.raises(ValueError, match="at least one index, none repeated or negative. Received: "):
+    with pytest.raises(ValueError, match=r"at least one index, none repeated or negative. Received: "):
         VirtualKernelGate(kernels)
 
 

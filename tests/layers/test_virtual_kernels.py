@@ -50,9 +50,8 @@ def test_attention_equals_the_formula():
     layer, fields, kernels = attention_with_random_weights(), normal(2, F, D), normal(K, D, seed=1)
     outputs, scores = layer(fields, kernels, return_attention_scores=True)
     dense = {name: [ops.convert_to_numpy(weight) for weight in part.weights] for name, part in layer.dense.items()}
-    query, key, value = (
-        array @ dense[name][0] + dense[name][1] for name, array in (("query", kernels), ("key", fields), ("value", fields))
-    )
+    inputs = {"query": kernels, "key": fields, "value": fields}
+    query, key, value = (array @ dense[name][0] + dense[name][1] for name, array in inputs.items())
     exponentials = np.exp(key @ query.T / np.sqrt(D))
     expected_scores = exponentials / exponentials.sum(axis=1, keepdims=True)
     assert_close(scores, expected_scores)
@@ -86,7 +85,7 @@ def test_projections_start_apart_from_each_other():
 
 @pytest.mark.parametrize("shapes", [((2, F, D), (K, D + 1)), ((2, D), (K, D)), ((2, F, D), (2, K, D))])
 def test_attention_rejects_other_shapes(shapes):
-    with pytest.raises(ValueError, match=r"expected fields \(B, F, D\) and kernels \(K, D\) of one width D. Received: "):
+    with pytest.raises(ValueError, match=r"fields \(B, F, D\) and kernels \(K, D\) of one width D. Received: "):
         VirtualKernelAttention()(*(normal(*shape) for shape in shapes))
 
 

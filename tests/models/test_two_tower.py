@@ -1,0 +1,130 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from mvke_tf.layers import FieldEmbedding
+from mvke_tf.models.mvke import build_mvke
+from mvke_tf.models.two_tower import cut, distinct_model, embed_fields, feature_inputs, score, task_names, tower
+from tests.layer_checks import assert_close
+from tests.models.problems import (
+    CONFIG,
+    ITEMS,
+    PAIRS,
+    ROWS,
+    SCHEMA,
+    USERS,
+    numpy_outputs,
+    randomize,
+    task_losses_and_gradients,
+)
+
+
+@pytest.fixture(scope="module")
+def built() -> keras.Model:
+    return randomize(build_mvke(SCHEMA, CONFIG))
+
+
+@pytest.fixture(scope="module")
+def loaded(built, tmp_path_factory) -> keras.Model:
+    path = tmp_path_factory.mktemp("model") / "model.keras"
+    built.save(path)
+    return keras.saving.load_model(path)
+
+
+@pytest.fixture(params=["built", "loaded"])
+def model(request) -> keras.Model:
+    return request.getfixturevalue(request.param)
+
+
+def test_inputs_and_outputs(model):
+    assert {name: (symbol.shape, symbol.dtype) for name, symbol in model.input.items()} == {
+        "user_id": ((None,), "int32"),
+        "age": ((None,), "int32"),
+        "history": ((None, 4), "int32"),
+        "history_weights": ((None, 4), "float32"),
+        "item_id": ((None,), "int32"),
+        "genres": ((None, 3), "int32"),
+        "genres_weights": ((None, 3), "float32"),
+    }
+    assert {name: symbol.shape for name, symbol in model.output.items()} == {"ctr": (None, 1), "cvr": (None, 1)}
+    assert task_names(model) == ["ctr", "cvr"]
+
+
+def test_a_loaded_model_gives_the_same_logits(built, loaded):
+    expected = numpy_outputs(built, PAIRS)
+    assert all(np.abs(logit).max() > 0.1 for logit in expected.values())
+    for task, logit in numpy_outputs(loaded, PAIRS).items():
+        assert_close(logit, expected[task], 1e-6)
+
+
+def test_logits_are_inner_products_of_the_towers(model):
+    users, items = numpy_outputs(tower(model, "user"), USERS), numpy_outputs(tower(model, "item"), ITEMS)
+    for task, logit in numpy_outputs(model, PAIRS).items():
+        all_pairs = users[task] @ items[task].T
+        assert_close(all_pairs[ROWS["user_rows"], ROWS["item_rows"]], logit[:, 0])
+
+
+def test_towers_read_their_own_features_and_share_the_weights(model):
+    user, item = tower(model, "user"), tower(model, "item")
+    assert (set(user.input), set(item.input)) == (set(USERS), set(ITEMS))
+    parts = [{id(weight) for weight in part.weights} for part in (user, item, model)]
+    assert parts[0] | parts[1] == parts[2]
+    paths = {weight.path for weight in user.weights if id(weight) in parts[1]}
+    assert paths == {"embedding_item_id/embeddings", "virtual_kernels/kernels"}
+
+
+def test_features_that_share_a_table_have_one():
+    inputs = feature_inputs(SCHEMA.features)
+    fields = embed_fields(SCHEMA, CONFIG, inputs)
+    assert {side: symbol.shape for side, symbol in fields.items()} == {"user": (None, 3, 8), "item": (None, 2, 8)}
+    model = keras.Model(inputs, fields)
+    tables = {layer.name for layer in model.layers if isinstance(layer, FieldEmbedding)}
+    assert tables == {"embedding_user_id", "embedding_age", "embedding_item_id", "embedding_genres"}
+    table = ops.convert_to_numpy(model.get_layer("embedding_item_id").embeddings)
+    outputs = numpy_outputs(model, PAIRS)
+    np.testing.assert_array_equal(outputs["item"][:, 0], table[PAIRS["item_id"]])
+    weights = PAIRS["history_weights"]
+    means = np.einsum("bl,bld->bd", weights, table[PAIRS["history"]]) / np.maximum(weights.sum(1, keepdims=True), 1e-9)
+    assert_close(outputs["user"][:, 2], means)
+
+
+def test_the_distinct_model_has_the_same_losses_and_gradients(model):
+    variables = model.trainable_variables
+    distinct = distinct_model(model)
+    assert {id(weight) for weight in distinct.trainable_variables} == {id(weight) for weight in variables}
+    losses, gradients = task_losses_and_gradients(model, PAIRS, ("ctr", "cvr"), variables)
+    same_losses, same_gradients = task_losses_and_gradients(
+        distinct, {**USERS, **ITEMS, **ROWS}, ("ctr", "cvr"), variables
+    )
+    for task, loss in losses.items():
+        assert_close(same_losses[task], loss)
+    largest = max(np.abs(gradient).max() for gradient in gradients)
+    for variable, same, gradient in zip(variables, same_gradients, gradients, strict=True):
+        assert_close(same, gradient, floor=1e-7 * largest, name=variable.path)
+
+
+def test_scores_are_float32_in_mixed_precision():
+    symbols = {"ctr": keras.Input((3,), dtype="bfloat16")}
+    logit = score(symbols, symbols)["ctr"]
+    assert (logit.shape, logit.dtype, logit._keras_history.operation.name) == ((None, 1), "float32", "ctr")
+
+
+def test_cut_keeps_the_inputs_that_the_outputs_need(built):
+    part = cut(built, built.get_layer("embedding_age").output, "age")
+    assert (list(part.input), part.name) == (["age"], "age")
+    table = ops.convert_to_numpy(built.get_layer("embedding_age").embeddings)
+    np.testing.assert_array_equal(ops.convert_to_numpy(part({"age": USERS["age"]})), table[USERS["age"]])
+
+
+def test_rejects_another_side(built):
+    with pytest.raises(ValueError, match=r"`side` must be 'user' or 'item'. Received: 'tag'"):
+        tower(built, "tag")
+
+
+@pytest.mark.parametrize("as_dictionary", [False, True])
+def test_rejects_a_model_without_towers(as_dictionary):
+    symbol = keras.Input((3,), name="x")
+    other = keras.Model({"x": symbol}, {"y": symbol} if as_dictionary else symbol, name="other")
+    with pytest.raises(ValueError, match=r"Expected a two-tower model .* Received: 'other' with layers \['x'\]"):
+        tower(other, "user")

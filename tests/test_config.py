@@ -1,0 +1,69 @@
+import dataclasses
+import json
+
+import pytest
+
+from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, from_dict
+
+CONFIG = RunConfig(
+    DataConfig("ratings", "per_user", neg_ratio=2, history_length=10, seed=1),
+    ModelConfig("mvke", 8, (6, 5), 3, shared_experts=True, dropout_rate=0.1),
+    TrainingConfig(epochs=3, batch_size=32, learning_rate=0.01, patience=0, distinct=True, seed=2),
+)
+
+
+def test_round_trip_through_json():
+    assert RunConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
+    assert RunConfig() != CONFIG
+
+
+def test_what_is_absent_keeps_its_default():
+    config = RunConfig.from_dict({"model": {"hidden_dims": [4]}})
+    assert config == RunConfig(model=ModelConfig(hidden_dims=(4,)))
+
+
+def test_lists_become_tuples():
+    assert ModelConfig(hidden_dims=[4, 2]).hidden_dims == (4, 2)
+
+
+def test_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CONFIG.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "expected"),
+    [
+        (DataConfig, "protocol", "clicks", "'impressions' or 'ratings'. Received: 'clicks'"),
+        (DataConfig, "split", "weekly", "'temporal', 'random' or 'per_user'. Received: 'weekly'"),
+        (DataConfig, "neg_ratio", -1, "0 or more. Received: -1"),
+        (DataConfig, "history_length", 0, "at least 1. Received: 0"),
+        (DataConfig, "seed", -1, "0 or more. Received: -1"),
+        (ModelConfig, "embedding_dim", 0, "at least 1. Received: 0"),
+        (ModelConfig, "hidden_dims", (4, 0), r"positive widths. Received: \(4, 0\)"),
+        (ModelConfig, "num_virtual_kernels", 0, "at least 1. Received: 0"),
+        (ModelConfig, "dropout_rate", 1.0, r"in \[0, 1\). Received: 1.0"),
+        (ModelConfig, "dropout_rate", -0.1, r"in \[0, 1\). Received: -0.1"),
+        (ModelConfig, "embedding_dropout_rate", 1.0, r"in \[0, 1\). Received: 1.0"),
+        (ModelConfig, "kernel_stddev", 0.0, "positive. Received: 0.0"),
+        (ModelConfig, "embedding_stddev", -1.0, "positive. Received: -1.0"),
+        (TrainingConfig, "epochs", 0, "at least 1. Received: 0"),
+        (TrainingConfig, "batch_size", 0, "at least 1. Received: 0"),
+        (TrainingConfig, "learning_rate", 0.0, "positive. Received: 0.0"),
+        (TrainingConfig, "patience", -1, "0 or more. Received: -1"),
+        (TrainingConfig, "seed", 2**31, r"in \[0, 2\*\*31\). Received: 2147483648"),
+    ],
+)
+def test_rejects_values(section, name, value, expected):
+    with pytest.raises(ValueError, match=f"{section.__name__}.{name} must be {expected}"):
+        section(**{name: value})
+
+
+@pytest.mark.parametrize("values", [{"modle": {}}, {"model": {"hiden_dims": [4]}}])
+def test_rejects_unknown_settings(values):
+    with pytest.raises(ValueError, match=r"has no setting \['(modle|hiden_dims)'\]. Known settings: "):
+        RunConfig.from_dict(values)
+
+
+def test_from_dict_builds_any_settings():
+    assert from_dict(TrainingConfig, {"epochs": 2}) == TrainingConfig(epochs=2)

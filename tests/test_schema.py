@@ -1,0 +1,103 @@
+import dataclasses
+import json
+
+import pytest
+
+from mvke_tf.schema import CTR_CVR, Feature, Schema, Task
+
+USER = Feature("user_id", "user", 12, unknown_rate=0.1)
+ITEM = Feature("item_id", "item", 9)
+HISTORY = Feature("history", "user", 9, length=4, embedding="item_id")
+SCHEMA = Schema((USER, ITEM, HISTORY), (Task("ctr", kernels=(0, 2)), Task("rating", "regression")))
+
+
+def test_round_trip_through_json():
+    assert Schema.from_dict(json.loads(json.dumps(SCHEMA.to_dict()))) == SCHEMA
+
+
+def test_features_by_tower_in_order():
+    assert SCHEMA.of_tower("user") == (USER, HISTORY)
+    assert SCHEMA.of_tower("item") == (ITEM,)
+
+
+def test_a_multi_valued_feature_has_a_second_input():
+    assert SCHEMA.inputs("user") == ("user_id", "history", "history_weights")
+    assert SCHEMA.inputs("item") == ("item_id",)
+
+
+def test_table_of_a_feature():
+    assert [feature.table for feature in SCHEMA.features] == ["user_id", "item_id", "item_id"]
+
+
+def test_lists_become_tuples():
+    assert Schema([USER, ITEM], [Task("ctr", kernels=[0, 1])]) == Schema((USER, ITEM), (Task("ctr", kernels=(0, 1)),))
+
+
+def test_tasks():
+    assert SCHEMA.task_names == ("ctr", "rating")
+    assert Schema((USER, ITEM)).tasks == CTR_CVR
+    other = SCHEMA.with_tasks([Task("buy")])
+    assert (other.task_names, other.features) == (("buy",), SCHEMA.features)
+
+
+def test_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SCHEMA.tasks = ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tower": "tag"}, r"'age': `tower` must be one of \('user', 'item'\). Received: 'tag'"),
+        ({"vocabulary_size": 0}, "'age': .* at least 1. Received: vocabulary_size=0, length=1"),
+        ({"length": 0}, "'age': .* at least 1. Received: vocabulary_size=5, length=0"),
+        ({"unknown_rate": 1.5}, r"'age': `unknown_rate` must lie in \[0, 1\]. Received: 1.5"),
+        ({"unknown_rate": -0.5}, r"'age': `unknown_rate` must lie in \[0, 1\]. Received: -0.5"),
+    ],
+)
+def test_rejects_features(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Feature(**{"name": "age", "tower": "user", "vocabulary_size": 5, **changes})
+
+
+def test_rejects_another_kind_of_task():
+    with pytest.raises(ValueError, match=r"`kind` must be one of \('binary', 'regression'\). Received: 'ranking'"):
+        Task("ctr", "ranking")
+
+
+@pytest.mark.parametrize(
+    ("features", "tasks", "message"),
+    [
+        ((USER, ITEM, USER), CTR_CVR, r"Every feature needs a name of its own. Received twice: \['user_id'\]"),
+        ((USER, ITEM), (Task("ctr"), Task("ctr")), r"Every task needs a name of its own. Received twice: \['ctr'\]"),
+        ((USER, ITEM), (), "A schema needs at least one task. Received: no task"),
+        ((USER,), CTR_CVR, "The item tower needs at least one feature. Received: "),
+        ((ITEM,), CTR_CVR, "The user tower needs at least one feature. Received: "),
+        (
+            (USER, ITEM, Feature("liked", "user", 9, embedding="items")),
+            CTR_CVR,
+            r"'liked': `embedding` must name a feature that owns a table. Received: 'items'; "
+            r"tables: \['item_id', 'user_id'\]",
+        ),
+        (
+            (USER, ITEM, HISTORY, Feature("liked", "user", 9, embedding="history")),
+            CTR_CVR,
+            "'liked': `embedding` must name a feature that owns a table. Received: 'history'",
+        ),
+        (
+            (USER, ITEM, Feature("liked", "user", 8, embedding="item_id")),
+            CTR_CVR,
+            "'liked' shares the table of 'item_id' and needs its vocabulary_size 9. Received: 8",
+        ),
+    ],
+)
+def test_rejects_schemas(features, tasks, message):
+    with pytest.raises(ValueError, match=message):
+        Schema(features, tasks)
+
+
+def test_rejects_unknown_settings():
+    values = SCHEMA.to_dict()
+    values["features"][0]["size"] = 3
+    with pytest.raises(ValueError, match=r"Feature has no setting \['size'\]. Known settings: "):
+        Schema.from_dict(values)
