@@ -52,7 +52,7 @@ def test_state_round_trip(tiny_run):
     model.optimizer.build(model.trainable_variables)
     variables = [*model.variables, *model.optimizer.variables]
     assert tiny_run.restore_state(model) == []
-    expected = [np.array(variable) for variable in variables]
+    expected = [variable.numpy() for variable in variables]
     history = [{"epoch": 1, "val_auc": 0.5}]
     tiny_run.save_state(model, history)
     for variable in variables:

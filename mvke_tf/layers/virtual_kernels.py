@@ -163,8 +163,8 @@ def normalized_mixture(scores, values, fields, gamma, beta):
 
     For one field, the K rows to normalise lie in the plane of the centred value v and the centred field x, so that
     their variance follows from three scalars, `a² var(v) + 2 a cov(v, x) + var(x)`, and the result is one product of
-    `(K, 3)` coefficients with the rows `(gamma v, gamma x, beta)`. That writes the `(B, F, K, D)` tensor once, where the
-    layer norm written out reads and writes it many times. Statistics are float32 under every dtype policy, because
+    `(K, 3)` coefficients with the rows `(gamma v, gamma x, beta)`. That writes the `(B, F, K, D)` tensor once, where
+    the layer norm written out reads and writes it many times. Statistics are float32 under every dtype policy, because
     epsilon 1e-12 is zero in half precision.
 
     Args:

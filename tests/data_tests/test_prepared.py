@@ -23,8 +23,8 @@ def test_pairs_lead_to_their_entities(prepared):
         zip(
             users[positives["user_row"]],
             items[positives["item_row"]],
-            positives["timestamp"],
             positives["rating"],
+            positives["timestamp"],
             strict=True,
         )
     )
