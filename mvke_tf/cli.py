@@ -54,6 +54,21 @@ SECTIONS = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig
 _FLAGS = {("data", "seed"): "data_seed", ("model", "name"): "model"}
 
 
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose a run: `--checkpoint_path`, which must exist, and `--model`."""
+    parser.add_argument(
+        "--checkpoint_path", type=_existing, required=True, help="folder of the run, or the best.keras in it"
+    )
+    parser.add_argument("--model", help="name of the model, to make sure that the run holds it")
+
+
+def _existing(text: str) -> Path:
+    path = Path(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"there is nothing at {path}")
+    return path
+
+
 def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
     """Adds one option per setting of the named sections of `RunConfig`; the help is the docstring's.
 

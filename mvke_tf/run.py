@@ -51,6 +51,7 @@ class Run:
         self.figures = self.folder / "figures"
         self.logs = self.folder / "tensorboard"
         self.log_file = self.folder / "log.csv"
+        self.export = self.folder / "export"
 
     @classmethod
     def create(cls, folder: Path, config: RunConfig, prepared: Path) -> Run:
@@ -81,11 +82,15 @@ class Run:
         return cls(folder)
 
     @classmethod
-    def open(cls, path: Path) -> Run:
-        """Opens a run by its directory or by a checkpoint inside it.
+    def open(cls, path: Path, model: str | None = None) -> Run:
+        """Opens a run.
+
+        Args:
+            path: Its directory, or a checkpoint in it.
+            model: Name of the model that it must hold; any by default.
 
         Raises:
-            RunError: If there is no run.
+            RunError: If there is no run, or it holds another model.
         """
         path = Path(path)
         folder = path.parent if path.is_file() else path
@@ -94,7 +99,25 @@ class Run:
                 f"There is no run at {path}. Expected a folder such as runs/<name> with a config.json, as "
                 "scripts/train.py makes it, or the best.keras in it."
             )
-        return cls(folder)
+        run = cls(folder)
+        if model not in (None, run.config.model.name):
+            raise RunError(
+                f"--model does not fit the run {folder}. Expected: {run.config.model.name}. Received: {model}"
+            )
+        return run
+
+    def contents(self) -> str:
+        """What the run has made so far, one line each with its path."""
+        made = {
+            "settings": self.folder / "config.json",
+            "best checkpoint": self.checkpoint,
+            "log": self.log_file,
+            "TensorBoard": self.logs,
+            "report": self.report_file,
+            "figures": self.figures,
+            "SavedModel": self.export,
+        }
+        return "\n".join(f"{what + ':':<17}{path}" for what, path in made.items() if path.exists())
 
     @cached_property
     def config(self) -> RunConfig:

@@ -247,4 +247,4 @@ def export_run(run: Run, export_dir: Path | None = None) -> Path:
         ValueError: See `export_saved_model`.
     """
     _check_backend()
-    return export_saved_model(run.load_model(), run.prepared.encoder, export_dir or run.folder / "export")
+    return export_saved_model(run.load_model(), run.prepared.encoder, export_dir or run.export)

@@ -136,6 +136,14 @@ def test_evaluate_prints_the_table_and_the_paths(evaluate, tiny_run):
     lines = output.splitlines()
     assert lines[0].startswith("Evaluating ") and lines[2].split()[:2] == ["task", "users"]
     assert [line.split()[0] for line in lines[4:10]] == ["ctr"] * 3 + ["cvr"] * 3
-    figures = [tiny_run.figures / f"validation_{name}.png" for name in ("roc", "calibration")]
-    assert lines[-3:] == [str(path) for path in (tiny_run.report_file, *figures)]
-    assert all(path.is_file() for path in (tiny_run.report_file, *figures))
+    made = dict(line.split(":", 1) for line in lines[11:])
+    assert {what: Path(path.strip()) for what, path in made.items()} == {
+        "settings": tiny_run.folder / "config.json",
+        "best checkpoint": tiny_run.checkpoint,
+        "report": tiny_run.report_file,
+        "figures": tiny_run.figures,
+    }
+    assert sorted(path.name for path in tiny_run.figures.iterdir()) == [
+        "validation_calibration.png",
+        "validation_roc.png",
+    ]

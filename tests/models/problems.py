@@ -8,7 +8,7 @@ from keras import ops
 
 from mvke_tf.config import ModelConfig
 from mvke_tf.schema import Feature, Schema
-from tests.layer_checks import loss_and_gradients
+from tests.layer_checks import compiled, loss_and_gradients
 
 SCHEMA = Schema(
     (
@@ -64,7 +64,7 @@ def randomize(model: keras.Model) -> keras.Model:
 
 
 def numpy_outputs(model: keras.Model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return keras.tree.map_structure(ops.convert_to_numpy, model(inputs))
+    return keras.tree.map_structure(ops.convert_to_numpy, compiled(model)(inputs))
 
 
 def task_losses_and_gradients(
