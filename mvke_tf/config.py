@@ -57,10 +57,12 @@ class ModelConfig:
     """The shape of a model.
 
     Args:
-        name: Name of the model, `"mvke"`.
+        name: Name of the model, one of `mvke_tf.models.MODELS`.
         embedding_dim: Width D of field embeddings, virtual kernels and tags.
         hidden_dims: Widths of the hidden layers of every expert and of every tag tower.
         num_virtual_kernels: Number K of virtual kernels (MVKE).
+        num_experts: Number E of experts (MMoE, CGC; PLE has so many per level).
+        num_levels: Levels of extraction (PLE).
         shared_experts: Whether one network serves as expert of all virtual kernels (MVKE).
         dropout_rate: Dropout after every hidden layer.
         embedding_dropout_rate: Dropout of the field embeddings.
@@ -72,6 +74,8 @@ class ModelConfig:
     embedding_dim: int = 64
     hidden_dims: tuple[int, ...] = (256, 128)
     num_virtual_kernels: int = 5
+    num_experts: int = 10
+    num_levels: int = 2
     shared_experts: bool = False
     dropout_rate: float = 0.3
     embedding_dropout_rate: float = 0.2
@@ -83,6 +87,8 @@ class ModelConfig:
         _check(self, "embedding_dim", self.embedding_dim >= 1, "at least 1")
         _check(self, "hidden_dims", all(width >= 1 for width in self.hidden_dims), "positive widths")
         _check(self, "num_virtual_kernels", self.num_virtual_kernels >= 1, "at least 1")
+        _check(self, "num_experts", self.num_experts >= 1, "at least 1")
+        _check(self, "num_levels", self.num_levels >= 1, "at least 1")
         _check(self, "dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
         _check(self, "embedding_dropout_rate", 0 <= self.embedding_dropout_rate < 1, "in [0, 1)")
         _check(self, "kernel_stddev", self.kernel_stddev > 0, "positive")

@@ -67,17 +67,21 @@ class Task:
         kind: `"binary"` (label 0 or 1) or `"regression"`.
         kernels: Indices of the virtual kernels that this task may select (MVKE), for example
             `(0, 1, 2)`. By default they follow `mvke_tf.models.mvke.default_kernels`.
+        experts: Indices of the experts that this task sees (MMoE, CGC), for example `(0, 1, 2, 3, 4, 5)`; by default
+            all of them in MMoE, and those of `mvke_tf.models.mmoe.cgc_experts` in CGC.
     """
 
     name: str
     kind: str = "binary"
     kernels: tuple[int, ...] | None = None
+    experts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
             raise ValueError(f"Task {self.name!r}: `kind` must be one of {TASK_KINDS}. Received: {self.kind!r}")
-        if self.kernels is not None:
-            object.__setattr__(self, "kernels", tuple(self.kernels))
+        for name in ("kernels", "experts"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 CTR_CVR = (Task("ctr"), Task("cvr"))

@@ -20,13 +20,16 @@ FOLDER = Path(os.environ.get("MVKE_GOLDEN_DIR", DEFAULT_FOLDER))
 
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
-# From TF1 names to paths of weights; `[k]` is one network of a stack.
+# From TF1 names to paths of weights, the first that the model has; `[k]` is one network of a stack.
 PLACES = (
     (r".*virtual_cluster", r"virtual_kernels/kernels"),
     (r".*mvke_bottom/(query|key|value)_proj/(kernel|bias)", r"virtual_kernel_attention/\1/\2"),
     (r".*mvke_bottom/LayerNorm/(gamma|beta)", r"virtual_kernel_attention/\1"),
     (r".*/vke_(\d+)_field_layer_(\d+)/dense/(kernel|bias)", r"virtual_kernel_experts/\3_\2[\1]"),
     (r".*mvke_user/field_layer_(\d+)/dense/(kernel|bias)", r"virtual_kernel_experts/\2_\1[0]"),
+    (r".*mmoe_user/expert_(\d+)_field_layer_(\d+)/dense/(kernel|bias)", r"experts/\3_\2[\1]"),
+    (r".*mmoe_user/expert_(\d+)_field_layer_(\d+)/dense/(kernel|bias)", r"user_towers/\3_\2[\1]"),
+    (r".*mmoe_gates_(\w+)/input_gate_dense/(kernel|bias)", r"gate_\1/dense/\2"),
     (r".*mmoe_tag/expert_(\d+)_field_layer_(\d+)/dense/(kernel|bias)", r"tag_towers/\3_\2[\1]"),
 )
 
@@ -60,13 +63,14 @@ def golden_files(folder: Path) -> dict[Path, str]:
     return operations
 
 
-def place(name: str) -> str:
-    """The weight, or the network of a stacked weight, that belongs to a TF1 variable."""
-    for pattern, target in PLACES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(target)
-    raise AssertionError(f"No weight belongs to {name!r}")
+def place(name: str, paths: set[str]) -> str:
+    """The weight of the model, or the network of a stacked weight, that belongs to a TF1 variable."""
+    matches = ((re.fullmatch(pattern, name), target) for pattern, target in PLACES)
+    targets = [match.expand(target) for match, target in matches if match]
+    for target in targets:
+        if target.split("[")[0] in paths:
+            return target
+    raise AssertionError(f"No weight belongs to {name!r}; tried {targets} of {sorted(paths)}")
 
 
 def slots(golden: Golden, variables: Sequence[keras.Variable]) -> dict[str, tuple[int, Any]]:
@@ -74,7 +78,8 @@ def slots(golden: Golden, variables: Sequence[keras.Variable]) -> dict[str, tupl
 
     Asserts that they match one to one: every recorded variable has one weight, and no weight is left over.
     """
-    places = {name: place(name) for name in golden.names("var/")}
+    paths = {variable.path for variable in variables}
+    places = {name: place(name, paths) for name in golden.names("var/")}
     stacked = {target.split("[")[0] for target in places.values() if "[" in target}
     found = {}
     for position, variable in enumerate(variables):

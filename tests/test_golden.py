@@ -1,5 +1,6 @@
 """The port against the recorded numbers; `MVKE_GOLDEN_DIR=folder pytest -m golden` proves it on other recordings."""
 
+import re
 from pathlib import Path
 
 import keras
@@ -8,7 +9,9 @@ from keras import ops
 
 from mvke_tf.config import ModelConfig
 from mvke_tf.layers import Experts, SelectExperts, VirtualKernelAttention, VirtualKernelGate, VirtualKernels
+from mvke_tf.models.mmoe import mixture, mmoe_towers
 from mvke_tf.models.mvke import mvke_towers
+from mvke_tf.models.shared_bottom import hard_sharing_towers
 from mvke_tf.models.two_tower import score
 from mvke_tf.schema import Task
 from tests.golden import DEFAULT_FOLDER, FOLDER, Golden, check_golden, golden_files
@@ -60,25 +63,63 @@ def check_shared_experts(golden: Golden) -> None:
     check_golden(golden, model, model.trainable_variables)
 
 
-def check_graph(golden: Golden) -> None:
-    """The whole model of two tasks, from field embeddings to the loss."""
+def check_mixture(golden: Golden) -> None:
+    """The gate of MMoE on given expert outputs; a single expert has none."""
+    inputs = symbolic_inputs(golden)
+    gates = [name.split("mmoe_gates_")[1].split("/")[0] for name in golden.names("var/")] or ["none"]
+    experts = range(golden["input/expert_outputs"].shape[1])
+    mixed = mixture(
+        keras.layers.Flatten()(inputs["fields"]), inputs["expert_outputs"], experts, f"gate_{gates[0]}", "m"
+    )
+    model = keras.Model(inputs, {"mixed": mixed})
+    check_golden(golden, model, model.trainable_variables)
+
+
+def ranges(sizes: list[int], total: int) -> tuple[range, ...]:
+    """The kernels or experts of each task. The recorded ranges start at the first and end at the last one."""
+    first, last = sizes
+    return range(first), range(total - last, total)
+
+
+def mvke_graph(golden: Golden, names: list[str]) -> tuple:
     num_kernels, dim = golden["var/mvke_user/virtual_cluster"].shape
+    # Recorded tags are followed by one gate weight per kernel.
+    chosen = ranges([golden["output/tag/" + name].shape[1] - dim for name in names], num_kernels)
+    tasks = [Task(name, kernels=kernels) for name, kernels in zip(names, chosen, strict=True)]
+    return mvke_towers, tasks, {"num_virtual_kernels": num_kernels}
+
+
+def mmoe_graph(golden: Golden, names: list[str]) -> tuple:
+    experts = {match[1] for key in golden.names("var/") if (match := re.match(r"mmoe_user/expert_(\d+)_", key))}
+    sizes = [golden[f"var/mmoe_user/mmoe_gates_{name}/input_gate_dense/bias"].shape[0] for name in names]
+    chosen = ranges(sizes, len(experts))
+    tasks = [Task(name, experts=seen) for name, seen in zip(names, chosen, strict=True)]
+    return mmoe_towers, tasks, {"num_experts": len(experts)}
+
+
+def hard_sharing_graph(golden: Golden, names: list[str]) -> tuple:
+    return hard_sharing_towers, [Task(name) for name in names], {}
+
+
+def check_graph(golden: Golden) -> None:
+    """A whole model, from field embeddings to the loss."""
     names = golden.names("output/score/")
-    # Recorded tags are followed by one gate weight per kernel. The ranges start at the first and end at the last one.
-    first, last = (golden["output/tag/" + name].shape[1] - dim for name in names)
-    kernels = (range(first), range(num_kernels - last, num_kernels))
-    tasks = tuple(Task(name, kernels=chosen) for name, chosen in zip(names, kernels, strict=True))
+    towers, tasks, settings = GRAPHS[golden.meta["op"]](golden, names)
+    dim = golden["input/u"].shape[-1]
+    config = ModelConfig("golden", embedding_dim=dim, hidden_dims=golden.meta["hidden"], dropout_rate=0.0, **settings)
     labels = {name: next(key for key in golden.names("input/") if key.endswith(name[1:] + "_label")) for name in names}
-    config = ModelConfig("mvke", dim, golden.meta["hidden"], num_kernels, dropout_rate=0.0)
 
     inputs = symbolic_inputs(golden)
-    user_vectors, item_vectors = mvke_towers(inputs["u"], inputs["t"], tasks, config)
+    user_vectors, item_vectors = towers(inputs["u"], inputs["t"], tasks, config)
     logits = score(user_vectors, item_vectors)
     parts = keras.Model(inputs, logits)
     outputs = {"loss": 0.0}
     for name in names:
-        tag, gate = (parts.get_layer(f"{part}_{name}").output for part in ("tag", "gate"))
-        outputs["tag/" + name] = ops.concatenate([tag, gate], axis=-1)
+        if towers is mvke_towers:
+            tag, gate = (parts.get_layer(f"{part}_{name}").output for part in ("tag", "gate"))
+            outputs["tag/" + name] = ops.concatenate([tag, gate], axis=-1)
+        else:
+            outputs["tag/" + name] = item_vectors[name]
         outputs["user/" + name] = user_vectors[name]
         outputs["score/" + name] = ops.sigmoid(logits[name])
         outputs["loss"] += ops.mean(ops.binary_crossentropy(inputs[labels[name]], logits[name], from_logits=True))
@@ -86,11 +127,19 @@ def check_graph(golden: Golden) -> None:
     check_golden(golden, model, model.trainable_variables)
 
 
+GRAPHS = {
+    "user_MVKE_and_tag_HS": mvke_graph,
+    "user_MMoE_and_tag_HS": mmoe_graph,
+    "user_HS_and_tag_HS": hard_sharing_graph,
+    "user_and_tag_single_pctr": hard_sharing_graph,
+    "user_and_tag_single_pcvr": hard_sharing_graph,
+}
 CHECKS = {
     "mvke_bottom_layer": check_attention,
     "vkg_layer": check_gate,
     "build_mvke": check_shared_experts,
-    "user_MVKE_and_tag_HS": check_graph,
+    "mmoe_gate_layer": check_mixture,
+    **dict.fromkeys(GRAPHS, check_graph),
 }
 OPERATIONS = golden_files(FOLDER)
 FILES = [path for path, operation in OPERATIONS.items() if operation in CHECKS]

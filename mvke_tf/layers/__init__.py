@@ -2,14 +2,16 @@
 
 from mvke_tf.layers.embedding import FieldEmbedding
 from mvke_tf.layers.experts import Experts, SelectExperts
-from mvke_tf.layers.gates import VirtualKernelGate
+from mvke_tf.layers.gates import ExpertGate, MixExperts, VirtualKernelGate
 from mvke_tf.layers.rows import GatherRows, RowDot
 from mvke_tf.layers.virtual_kernels import VirtualKernelAttention, VirtualKernels
 
 __all__ = [
+    "ExpertGate",
     "Experts",
     "FieldEmbedding",
     "GatherRows",
+    "MixExperts",
     "RowDot",
     "SelectExperts",
     "VirtualKernelAttention",

@@ -7,10 +7,20 @@ from collections.abc import Callable
 import keras
 
 from mvke_tf.config import ModelConfig
+from mvke_tf.models.mmoe import build_cgc, build_mmoe_two_tower, build_ple
 from mvke_tf.models.mvke import build_mvke
+from mvke_tf.models.shared_bottom import build_hard_sharing, build_shared_bottom, build_single_task
 from mvke_tf.schema import Schema
 
-MODELS: dict[str, Callable[[Schema, ModelConfig], keras.Model]] = {"mvke": build_mvke}
+MODELS: dict[str, Callable[[Schema, ModelConfig], keras.Model]] = {
+    "mvke": build_mvke,
+    "mmoe": build_mmoe_two_tower,
+    "cgc": build_cgc,
+    "ple": build_ple,
+    "shared_bottom": build_shared_bottom,
+    "hard_sharing": build_hard_sharing,
+    "single_task": build_single_task,
+}
 
 
 def check_model(name: str) -> None:

@@ -9,7 +9,7 @@ import keras
 
 from mvke_tf.config import ModelConfig
 from mvke_tf.layers import Experts, SelectExperts, VirtualKernelAttention, VirtualKernelGate, VirtualKernels
-from mvke_tf.models.two_tower import Vectors, build_two_tower, cut, task_names
+from mvke_tf.models.two_tower import Vectors, build_two_tower, cut, tag_vectors
 from mvke_tf.schema import Schema, Task
 
 
@@ -54,13 +54,11 @@ def mvke_towers(
     experts = Experts(
         num_kernels, config.hidden_dims, dim, config.shared_experts, config.dropout_rate, name="virtual_kernel_experts"
     )(attended)
-    tags = Experts(len(tasks), config.hidden_dims, dim, dropout_rate=config.dropout_rate, name="tag_towers")(
-        keras.layers.Flatten(name="item_flat")(item_fields)
-    )
+    tags = tag_vectors(item_fields, tasks, config, "tag_{task}")
     kernels = table(item_fields)
     user_vectors, item_vectors = {}, {}
-    for index, (task, default) in enumerate(zip(tasks, default_kernels(len(tasks), num_kernels), strict=True)):
-        tag = SelectExperts((index,), name=f"tag_{task.name}")(tags)
+    for task, default in zip(tasks, default_kernels(len(tasks), num_kernels), strict=True):
+        tag = tags[task.name]
         gate = VirtualKernelGate(task.kernels or default, name=f"gate_{task.name}")(tag, kernels)
         scaled = keras.layers.Multiply(name=f"gated_tag_{task.name}")(
             [
@@ -91,11 +89,6 @@ def build_mvke(schema: Schema, config: ModelConfig | None = None) -> keras.Model
     ['ctr', 'cvr']
     """
     return build_two_tower(schema, config or ModelConfig(name="mvke"), mvke_towers)
-
-
-def gate_model(model: keras.Model) -> keras.Model:
-    """The gates of a built or loaded model, `{item feature: tensor} -> {task: gate weights (B, n_task)}`."""
-    return cut(model, {task: model.get_layer(f"gate_{task}").output for task in task_names(model)}, name="gates")
 
 
 def field_attention_model(model: keras.Model) -> keras.Model:

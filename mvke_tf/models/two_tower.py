@@ -12,13 +12,13 @@ from typing import Any
 import keras
 
 from mvke_tf.config import ModelConfig
-from mvke_tf.layers import FieldEmbedding, GatherRows, RowDot
+from mvke_tf.layers import Experts, FieldEmbedding, GatherRows, RowDot, SelectExperts
 from mvke_tf.schema import ITEM_ROWS, USER_ROWS, WEIGHTS_SUFFIX, Feature, Schema, Task
 
 Vectors = dict[str, Any]
 Towers = Callable[[Any, Any, Sequence[Task], ModelConfig], tuple[Vectors, Vectors]]
 
-_VECTOR = "{tower}_vector_{task}"
+USER_VECTOR, ITEM_VECTOR = "user_vector_{task}", "item_vector_{task}"
 
 
 def feature_inputs(features: Sequence[Feature]) -> dict[str, Any]:
@@ -61,6 +61,37 @@ def embed_fields(schema: Schema, config: ModelConfig, inputs: dict[str, Any]) ->
     return fields
 
 
+def tag_vectors(item_fields: Any, tasks: Sequence[Task], config: ModelConfig, name: str = ITEM_VECTOR) -> Vectors:
+    """The published tag tower: one MLP per task on the flattened item fields.
+
+    Args:
+        item_fields: `(B, F, D)`.
+        tasks: The tasks.
+        config: Shape of the model.
+        name: Pattern of the names of the layers that put the vectors out.
+
+    Returns:
+        `{task: (B, D)}`.
+    """
+    return _per_task_networks(item_fields, tasks, config, "tag_towers", name)
+
+
+def user_networks(user_fields: Any, tasks: Sequence[Task], config: ModelConfig) -> Vectors:
+    """One MLP per task on the flattened user fields `(B, F, D)`: user vectors `{task: (B, D)}`."""
+    return _per_task_networks(user_fields, tasks, config, "user_towers", USER_VECTOR)
+
+
+def _per_task_networks(fields: Any, tasks: Sequence[Task], config: ModelConfig, networks: str, vector: str) -> Vectors:
+    flat = keras.layers.Flatten(name=f"{networks}_input")(fields)
+    outputs = Experts(
+        len(tasks), config.hidden_dims, config.embedding_dim, dropout_rate=config.dropout_rate, name=networks
+    )(flat)
+    return {
+        task.name: SelectExperts((index,), name=vector.format(task=task.name))(outputs)
+        for index, task in enumerate(tasks)
+    }
+
+
 def score(user_vectors: Vectors, item_vectors: Vectors) -> dict[str, Any]:
     """The scoring head: logits `{task: (B, 1)}`, float32 under every dtype policy."""
     return {task: RowDot(name=task, dtype="float32")(user_vectors[task], item_vectors[task]) for task in user_vectors}
@@ -89,7 +120,7 @@ def task_names(model: keras.Model) -> list[str]:
     """
     names = list(model.output) if isinstance(model.output, dict) else []
     layers = {layer.name for layer in model.layers}
-    if not names or any(_VECTOR.format(tower="user", task=name) not in layers for name in names):
+    if not names or any(USER_VECTOR.format(task=name) not in layers for name in names):
         raise ValueError(
             f"Expected a two-tower model of mvke_tf with outputs {{task: logit}} and layers `user_vector_<task>`. "
             f"Received: {model.name!r} with layers {sorted(layers)}"
@@ -130,8 +161,26 @@ def tower(model: keras.Model, side: str) -> keras.Model:
     """
     if side not in ("user", "item"):
         raise ValueError(f"`side` must be 'user' or 'item'. Received: {side!r}")
-    outputs = {task: model.get_layer(_VECTOR.format(tower=side, task=task)).output for task in task_names(model)}
+    vector = USER_VECTOR if side == "user" else ITEM_VECTOR
+    outputs = {task: model.get_layer(vector.format(task=task)).output for task in task_names(model)}
     return cut(model, outputs, name=f"{side}_tower")
+
+
+def gate_model(model: keras.Model) -> keras.Model:
+    """The gates of a built or loaded model, sharing its weights.
+
+    Returns:
+        `{feature: tensor} -> {task: gate weights (B, n_task)}`, which sum to 1 over the experts that the task sees.
+        MVKE's gates read item features only, the others' user features only. A task with a single expert has no gate.
+
+    Raises:
+        ValueError: If the model has no gate at all.
+    """
+    layers = {layer.name for layer in model.layers}
+    outputs = {task: model.get_layer(f"gate_{task}").output for task in task_names(model) if f"gate_{task}" in layers}
+    if not outputs:
+        raise ValueError(f"The model {model.name!r} has no gates. Models of mixtures of experts have.")
+    return cut(model, outputs, name="gates")
 
 
 def distinct_model(model: keras.Model) -> keras.Model:

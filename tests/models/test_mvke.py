@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from mvke_tf.models.mvke import build_mvke, default_kernels, field_attention_model, gate_model
-from mvke_tf.models.two_tower import tower
+from mvke_tf.models.mvke import build_mvke, default_kernels, field_attention_model
+from mvke_tf.models.two_tower import gate_model, tower
 from mvke_tf.schema import Task
 from tests.layer_checks import assert_close
 from tests.models.problems import (

@@ -1,0 +1,78 @@
+"""Baselines without gates: shared bottom, hard sharing, single task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from mvke_tf.config import ModelConfig
+from mvke_tf.layers import Experts, SelectExperts
+from mvke_tf.models.two_tower import USER_VECTOR, Vectors, build_two_tower, tag_vectors, user_networks
+from mvke_tf.schema import Schema, Task
+
+
+def shared_bottom_towers(
+    user_fields: Any, item_fields: Any, tasks: Sequence[Task], config: ModelConfig
+) -> tuple[Vectors, Vectors]:
+    """The two towers of shared bottom: all tasks share the hidden layers of the user side, each has a linear head.
+
+    Args:
+        user_fields: `(B, F, D)`.
+        item_fields: `(B, F', D)`.
+        tasks: The tasks.
+        config: Shape of the model; needs at least one hidden layer.
+
+    Returns:
+        `{task: (B, D)}` for users and for items.
+
+    Raises:
+        ValueError: If there is no hidden layer to share.
+    """
+    if not config.hidden_dims:
+        raise ValueError("shared_bottom shares its hidden layers; `hidden_dims` needs at least one. Received: ()")
+    x = keras.layers.Flatten(name="user_flat")(user_fields)
+    for index, units in enumerate(config.hidden_dims):
+        x = keras.layers.Dense(units, activation="relu", name=f"shared_bottom_{index}")(x)
+        x = keras.layers.Dropout(config.dropout_rate, name=f"shared_bottom_dropout_{index}")(x)
+    heads = Experts(len(tasks), (), config.embedding_dim, name="user_heads")(x)
+    user_vectors = {
+        task.name: SelectExperts((index,), name=USER_VECTOR.format(task=task.name))(heads)
+        for index, task in enumerate(tasks)
+    }
+    return user_vectors, tag_vectors(item_fields, tasks, config)
+
+
+def hard_sharing_towers(
+    user_fields: Any, item_fields: Any, tasks: Sequence[Task], config: ModelConfig
+) -> tuple[Vectors, Vectors]:
+    """The two towers of hard sharing: tasks share the embeddings only, each has an MLP per side.
+
+    Arguments and return value as in `shared_bottom_towers`.
+    """
+    return user_networks(user_fields, tasks, config), tag_vectors(item_fields, tasks, config)
+
+
+def build_shared_bottom(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
+    """Shared bottom, `{feature: tensor} -> {task: logit (B, 1)}`."""
+    return build_two_tower(schema, config or ModelConfig(name="shared_bottom"), shared_bottom_towers)
+
+
+def build_hard_sharing(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
+    """Hard sharing, `{feature: tensor} -> {task: logit (B, 1)}`."""
+    return build_two_tower(schema, config or ModelConfig(name="hard_sharing"), hard_sharing_towers)
+
+
+def build_single_task(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
+    """A model of one task, with one MLP per side, `{feature: tensor} -> {task: logit (B, 1)}`.
+
+    Raises:
+        ValueError: If the schema has several tasks.
+    """
+    if len(schema.tasks) > 1:
+        raise ValueError(
+            f"single_task learns one task at a time, for example --tasks {schema.tasks[0].name}. "
+            f"Received: {list(schema.task_names)}"
+        )
+    return build_two_tower(schema, config or ModelConfig(name="single_task"), hard_sharing_towers)
