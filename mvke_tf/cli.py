@@ -84,7 +84,7 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
             if isinstance(field.default, bool):
                 options["action"] = argparse.BooleanOptionalAction
             elif isinstance(field.default, tuple):
-                options |= {"nargs": "+", "type": int}
+                options |= {"nargs": "+", "type": type(field.default[0])}
             else:
                 options["type"] = type(field.default)
             group.add_argument(f"--{_FLAGS.get((section, field.name), field.name)}", **options)

@@ -21,7 +21,7 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
-def _check(owner: object, name: str, valid: bool, expected: str) -> None:
+def _check(owner: object, name: str, valid: object, expected: str) -> None:
     if not valid:
         raise ValueError(f"{type(owner).__name__}.{name} must be {expected}. Received: {getattr(owner, name)!r}")
 
@@ -58,6 +58,7 @@ class ModelConfig:
 
     Args:
         name: Name of the model, one of `mvke_tf.models.MODELS`.
+        tasks: Names of the tasks that it learns.
         embedding_dim: Width D of field embeddings, virtual kernels and tags.
         hidden_dims: Widths of the hidden layers of every expert and of every tag tower.
         num_virtual_kernels: Number K of virtual kernels (MVKE).
@@ -71,6 +72,7 @@ class ModelConfig:
     """
 
     name: str = "mvke"
+    tasks: tuple[str, ...] = ("ctr", "cvr")
     embedding_dim: int = 64
     hidden_dims: tuple[int, ...] = (256, 128)
     num_virtual_kernels: int = 5
@@ -83,7 +85,9 @@ class ModelConfig:
     embedding_stddev: float = 0.01
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
+        _check(self, "tasks", self.tasks and set(self.tasks) <= {"ctr", "cvr"}, "one or both of 'ctr' and 'cvr'")
         _check(self, "embedding_dim", self.embedding_dim >= 1, "at least 1")
         _check(self, "hidden_dims", all(width >= 1 for width in self.hidden_dims), "positive widths")
         _check(self, "num_virtual_kernels", self.num_virtual_kernels >= 1, "at least 1")

@@ -17,7 +17,7 @@ from mvke_tf.data.dataset import Batches
 from mvke_tf.models import build_model
 from mvke_tf.models.two_tower import distinct_model, task_names
 from mvke_tf.run import History, Run
-from mvke_tf.schema import Schema
+from mvke_tf.schema import Schema, Task
 
 EVALUATION_BATCH = 4096
 # Rows of distinct entities are filled up to a multiple, because every new shape costs a compilation.
@@ -74,7 +74,7 @@ def build_training_model(config: RunConfig, schema: Schema) -> tuple[keras.Model
     The first stays uncompiled, so that checkpoints are free of optimizer state; the second is its `distinct_model` if
     the settings say so.
     """
-    plain = build_model(config.model.name, schema, config.model)
+    plain = build_model(config.model.name, schema.with_tasks(Task(name) for name in config.model.tasks), config.model)
     model = distinct_model(plain) if config.training.distinct else keras.Model(plain.input, plain.output)
     compile_model(model, config.training)
     return plain, model
@@ -162,8 +162,9 @@ def train(run: Run, report: Any = print) -> Result:
     plain, model = build_training_model(run.config, run.prepared.schema)
     history = run.restore_state(model)
     finished = len(history)
-    training = Batches(run.prepared.part("train"), config.batch_size, config.distinct, DISTINCT_MULTIPLE)
-    validation = Batches(run.prepared.part("validation"), EVALUATION_BATCH, config.distinct, DISTINCT_MULTIPLE)
+    tasks = run.config.model.tasks
+    training = Batches(run.prepared.part("train", tasks), config.batch_size, config.distinct, DISTINCT_MULTIPLE)
+    validation = Batches(run.prepared.part("validation", tasks), EVALUATION_BATCH, config.distinct, DISTINCT_MULTIPLE)
     report(
         f"{plain.name}: {plain.count_params():,} parameters, {len(training.data):,} training pairs in "
         f"{training.steps:,} batches, {len(validation.data):,} validation pairs"

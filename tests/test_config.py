@@ -7,7 +7,7 @@ from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, f
 
 CONFIG = RunConfig(
     DataConfig("ratings", "per_user", neg_ratio=2, history_length=10, seed=1),
-    ModelConfig("mvke", 8, (6, 5), 3, shared_experts=True, dropout_rate=0.1),
+    ModelConfig("mvke", ("cvr",), 8, (6, 5), 3, shared_experts=True, dropout_rate=0.1),
     TrainingConfig(epochs=3, batch_size=32, learning_rate=0.01, patience=0, distinct=True, seed=2),
 )
 

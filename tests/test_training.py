@@ -12,6 +12,9 @@ import pytest
 from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from mvke_tf.data.dataset import Batches
 from mvke_tf.data.prepared import prepared_path
+from mvke_tf.evaluation import predict
+from mvke_tf.metrics import auc
+from mvke_tf.models import MODELS
 from mvke_tf.run import Run, RunError
 from mvke_tf.training import (
     RunKeeper,
@@ -33,8 +36,8 @@ TRAINING = TrainingConfig(epochs=3, batch_size=32, patience=0, seed=5)
 def new_run(tiny_run_template, tmp_path):
     """Makes runs on the small data set, by name and training settings."""
 
-    def make(name, **settings):
-        config = RunConfig(DATA, MODEL, dataclasses.replace(TRAINING, **settings))
+    def make(name, model=MODEL, **settings):
+        config = RunConfig(DATA, model, dataclasses.replace(TRAINING, **settings))
         return Run.create(tmp_path / "runs" / name, config, tiny_run_template / "prepared.npz")
 
     return make
@@ -167,6 +170,21 @@ def test_divergence_in_the_first_epoch_says_that_there_is_no_checkpoint(new_run)
     with pytest.raises(TrainingError, match=r"epoch 1, step \d+\. No epoch had finished.*lower --learning_rate"):
         train(run, report=quiet)
     assert not run.checkpoint.exists()
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"mvke"}))
+def test_every_model_trains_and_loads(new_run, name):
+    tasks = ("cvr",) if name == "single_task" else ("ctr", "cvr")
+    model = dataclasses.replace(MODEL, name=name, tasks=tasks, num_experts=3, hidden_dims=(8, 4), embedding_stddev=1.0)
+    result = train(new_run(name, model, epochs=1), report=quiet)
+    run = result.run
+    loaded = run.load_model()
+    assert list(loaded.output) == list(tasks)
+    assert loaded.name == name
+    data = run.prepared.part("validation", tasks)
+    aucs = [auc(data.labels[task], scores) for task, scores in predict(loaded, data).items()]
+    # Keras sums the area up over 200 thresholds.
+    assert np.mean(aucs) == pytest.approx(result.history[0]["val_auc"], abs=0.02)
 
 
 def test_early_stopping():

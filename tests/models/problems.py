@@ -20,7 +20,9 @@ SCHEMA = Schema(
     )
 )
 # Embeddings as large as these make every part of the model count.
-CONFIG = ModelConfig("mvke", 8, (6, 5), dropout_rate=0.0, kernel_stddev=0.5, embedding_stddev=0.5)
+CONFIG = ModelConfig(
+    "mvke", embedding_dim=8, hidden_dims=(6, 5), dropout_rate=0.0, kernel_stddev=0.5, embedding_stddev=0.5
+)
 NUM_USERS, NUM_ITEMS = 4, 3
 
 
