@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from mvke_tf.layers import VirtualKernelGate
+from mvke_tf.layers import ExpertGate, MixExperts, VirtualKernelGate
 from tests.layer_checks import BATCH, assert_close, check_layer, loss_and_gradients
 
 K, D = 5, 4
@@ -61,3 +61,36 @@ def test_rejects_a_kernel_that_does_not_exist():
 def test_rejects_another_width():
     with pytest.raises(ValueError, match=r"one width D. Received: \(6, 3\) and \(5, 4\)"):
         VirtualKernelGate((0, 1))(TAG[:, :3], KERNELS)
+
+
+OUTPUTS = np.random.default_rng(2).normal(size=(BATCH, K, 3)).astype("float32")
+
+
+def test_expert_gate_layer(tmp_path):
+    weights = {"dense/kernel": (D, 3), "dense/bias": (3,)}
+    check_layer(ExpertGate((0, 2, 3)), [TAG], weights, tmp_path)
+
+
+def test_expert_gate_by_hand():
+    gate = ExpertGate((0, 1))
+    gate.build((None, 1))
+    gate.set_weights([np.log([[2.0, 1.0]]), np.log([1.0, 4.0])])
+    assert_close(gate(np.array([[0.0], [1.0]], "float32")), [[1 / 5, 4 / 5], [2 / 6, 4 / 6]])
+
+
+def test_mix_experts_layer(tmp_path):
+    gate = np.random.default_rng(3).uniform(size=(BATCH, 2)).astype("float32")
+    check_layer(MixExperts((4, 1)), [OUTPUTS, gate], {}, tmp_path)
+    expected = gate[:, :1] * OUTPUTS[:, 4] + gate[:, 1:] * OUTPUTS[:, 1]
+    assert_close(MixExperts((4, 1))(OUTPUTS, gate), expected)
+
+
+def test_a_single_expert_needs_no_gate():
+    np.testing.assert_array_equal(ops.convert_to_numpy(MixExperts((2,))(OUTPUTS)), OUTPUTS[:, 2])
+
+
+def test_mix_experts_rejects_another_number_of_weights():
+    with pytest.raises(ValueError, match=r"a gate weight for each of the 2 experts. Received: 3"):
+        MixExperts((0, 1))(OUTPUTS, np.ones((BATCH, 3), "float32"))
+    with pytest.raises(ValueError, match=r"a gate weight for each of the 2 experts. Received: 1"):
+        MixExperts((0, 1))(OUTPUTS)

@@ -1,0 +1,187 @@
+"""What the models besides MVKE have of their own; tests/test_golden.py holds them to the recorded numbers."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from mvke_tf.layers import Experts
+from mvke_tf.models import MODELS, build_model
+from mvke_tf.models.mmoe import cgc_experts
+from mvke_tf.models.two_tower import gate_model, tower
+from mvke_tf.schema import Task
+from tests.layer_checks import assert_close
+from tests.models.problems import (
+    CONFIG,
+    ITEMS,
+    PAIRS,
+    SCHEMA,
+    USERS,
+    numpy_outputs,
+    randomize,
+    task_losses_and_gradients,
+)
+
+BASELINES = sorted(set(MODELS) - {"mvke"})
+MIXTURES = ("cgc", "mmoe", "ple")
+
+
+def build(name, schema=SCHEMA, **settings):
+    tasks = [Task("cvr")] if name == "single_task" and schema is SCHEMA else schema.tasks
+    config = dataclasses.replace(CONFIG, name=name, **{"num_experts": 5} | settings)
+    return randomize(build_model(name, schema.with_tasks(tasks), config))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_logits_are_inner_products_of_the_towers_before_and_after_saving(name, tmp_path):
+    model = build(name)
+    logits = numpy_outputs(model, PAIRS)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for task, loaded_logits in numpy_outputs(loaded, PAIRS).items():
+        assert_close(loaded_logits, logits[task], 1e-6)
+    pairs = {name: PAIRS[name] for name in USERS}, {name: PAIRS[name] for name in ITEMS}
+    vectors = [numpy_outputs(tower(loaded, side), part) for side, part in zip(("user", "item"), pairs, strict=True)]
+    for task, logit in logits.items():
+        assert vectors[0][task].shape == (len(logit), CONFIG.embedding_dim)
+        assert_close(np.sum(vectors[0][task] * vectors[1][task], axis=1, keepdims=True), logit)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_gates_sum_to_one_over_the_experts_seen(name):
+    gates = gate_model(build(name))
+    assert set(gates.input) == set(USERS)
+    seen = {"mmoe": 5, "cgc": 4, "ple": 4}[name]
+    for weights in numpy_outputs(gates, USERS).values():
+        assert weights.shape == (4, seen)
+        assert_close(weights.sum(axis=1), np.ones(4))
+        assert weights.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["hard_sharing", "shared_bottom", "single_task"])
+def test_models_without_gates_say_so(name):
+    with pytest.raises(ValueError, match=f"'{name}' has no gates"):
+        gate_model(build(name))
+
+
+def gradients_of(model, task):
+    _, gradients = task_losses_and_gradients(model, PAIRS, (task,), model.trainable_variables)
+    return {
+        variable.path: np.zeros(variable.shape) if gradient is None else gradient
+        for variable, gradient in zip(model.trainable_variables, gradients, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks", "unseen"),
+    [
+        ("mmoe", (Task("ctr", experts=(0, 1, 2)), Task("cvr", experts=(2, 4))), {"ctr": [3, 4], "cvr": [0, 1, 3]}),
+        ("cgc", (Task("ctr"), Task("cvr")), {"ctr": [1], "cvr": [0]}),
+    ],
+)
+def test_a_task_sends_no_gradient_to_experts_that_it_does_not_see(name, tasks, unseen):
+    model = build(name, SCHEMA.with_tasks(tasks))
+    for task, experts in unseen.items():
+        gradient = gradients_of(model, task)["experts/kernel_0"]
+        assert [e for e in range(5) if not np.any(gradient[e])] == experts
+
+
+def test_what_the_tasks_share():
+    """The weights of the user side that both tasks train."""
+    shared = {}
+    for name in ("hard_sharing", "shared_bottom"):
+        model = build(name)
+        ctr, cvr = gradients_of(model, "ctr"), gradients_of(model, "cvr")
+        shared[name] = {path for path in ctr if np.any(ctr[path] * cvr[path]) and not path.startswith("embedding")}
+    assert shared["hard_sharing"] == set()
+    assert shared["shared_bottom"] == {
+        f"shared_bottom_{layer}/{weight}" for layer in (0, 1) for weight in ("kernel", "bias")
+    }
+
+
+def test_shared_bottom_is_relu_layers_and_linear_heads():
+    model = build("shared_bottom")
+    fields = numpy_outputs(keras.Model(model.input, model.get_layer("user_fields").output), PAIRS)
+    x = fields.reshape(len(fields), -1)
+    for layer in (0, 1):
+        kernel, bias = model.get_layer(f"shared_bottom_{layer}").get_weights()
+        x = np.maximum(x @ kernel + bias, 0.0)
+    kernels, biases = model.get_layer("user_heads").get_weights()
+    users = numpy_outputs(tower(model, "user"), {name: PAIRS[name] for name in USERS})
+    for index, task in enumerate(("ctr", "cvr")):
+        assert_close(users[task], x @ kernels[index] + biases[index])
+
+
+def test_ple_of_one_level_is_cgc():
+    """The same graph: expert for expert and gate for gate, with the weights copied over."""
+    ple, cgc = build("ple", num_levels=1), build("cgc")
+    groups = [ple.get_layer(f"experts_1_{group}") for group in ("task_ctr", "task_cvr", "shared")]
+    for layer in cgc.layers:
+        if isinstance(layer, Experts) and layer.name == "experts":
+            layer.set_weights(
+                [np.concatenate(parts) for parts in zip(*(group.get_weights() for group in groups), strict=True)]
+            )
+        elif layer.weights:
+            layer.set_weights(ple.get_layer(layer.name).get_weights())
+    for task, logit in numpy_outputs(ple, PAIRS).items():
+        assert_close(numpy_outputs(cgc, PAIRS)[task], logit)
+
+
+def test_ple_passes_on_the_mixtures_of_the_level_below():
+    model = build("ple", num_levels=2)
+    names = ("experts_1", "gate_1_shared", "mixture_1_shared", "experts_2_shared")
+    parts = keras.Model(model.input, {name: model.get_layer(name).output for name in names})
+    outputs = numpy_outputs(parts, PAIRS)
+    mixed = np.einsum("be,beo->bo", outputs["gate_1_shared"], outputs["experts_1"])
+    assert_close(outputs["mixture_1_shared"], mixed)
+    again = ops.convert_to_numpy(model.get_layer("experts_2_shared")(mixed.astype("float32")))
+    assert_close(again, outputs["experts_2_shared"])
+
+
+def test_a_single_expert_has_no_gate():
+    model = build("mmoe", num_experts=1)
+    assert not [layer.name for layer in model.layers if layer.name.startswith("gate")]
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "num_experts", "expected"),
+    [
+        (2, 10, ((0, 1, 2, 6, 7, 8, 9), (3, 4, 5, 6, 7, 8, 9))),
+        (2, 3, ((0, 2), (1, 2))),
+        (3, 5, ((0, 3, 4), (1, 3, 4), (2, 3, 4))),
+        (1, 4, ((0, 1, 2, 3),)),
+    ],
+)
+def test_cgc_experts(num_tasks, num_experts, expected):
+    assert cgc_experts(num_tasks, num_experts) == expected
+
+
+@pytest.mark.parametrize("name", ["mmoe", "cgc", "ple", "shared_bottom", "hard_sharing"])
+def test_three_tasks(name):
+    model = build(name, SCHEMA.with_tasks([Task("a"), Task("b"), Task("c")]))
+    assert list(numpy_outputs(model, PAIRS)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("cgc", {"num_experts": 2}, "at least one expert per task and one shared, 3 in all"),
+        ("shared_bottom", {"hidden_dims": ()}, "needs at least one"),
+        ("mvk", {}, r"Expected one of \['cgc', .*'single_task'\]. Received: 'mvk'"),
+    ],
+)
+def test_errors(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, **settings)
+
+
+def test_single_task_refuses_several():
+    with pytest.raises(ValueError, match=r"one task at a time, for example --tasks ctr"):
+        build_model("single_task", SCHEMA, CONFIG)
+
+
+def test_an_expert_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"Expected indices below 5. Received: \(0, 5\)"):
+        build("mmoe", SCHEMA.with_tasks([Task("ctr", experts=(0, 5))]))
