@@ -35,7 +35,9 @@ data: setup
 	$(PY) scripts/preprocess_data.py
 
 train: data
-	$(PY) scripts/train.py --model $(MODEL) --epochs $(EPOCHS) --batch_size $(BATCH_SIZE) --seed $(SEED) --run_name $(RUN) $(ARGS)
+	@# An interrupted run of this name goes on with its own settings.
+	$(PY) scripts/train.py $(if $(wildcard runs/$(RUN)/config.json),--resume runs/$(RUN),\
+		--model $(MODEL) --epochs $(EPOCHS) --batch_size $(BATCH_SIZE) --seed $(SEED) --run_name $(RUN) $(ARGS))
 	$(PY) scripts/export.py --checkpoint_path runs/$(RUN)
 	$(PY) scripts/evaluate.py --model $(MODEL) --checkpoint_path runs/$(RUN)
 

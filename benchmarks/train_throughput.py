@@ -32,11 +32,11 @@ def main() -> None:
 
     from mvke_tf.data.dataset import Batches
     from mvke_tf.data.prepared import Prepared, prepare_movielens
-    from mvke_tf.training import DISTINCT_MULTIPLE, build_training_model, set_determinism
+    from mvke_tf.training import DISTINCT_MULTIPLE, build_training_model, set_seed
 
     path = prepare_movielens(args.data_dir, config.data, report=lambda line: print(line, file=sys.stderr))
     prepared = Prepared.load(path)
-    set_determinism(config.training.seed)
+    set_seed(config.training)
     model = build_training_model(config, prepared.schema)[1]
     batches = Batches(prepared.part("train"), config.training.batch_size, config.training.distinct, DISTINCT_MULTIPLE)
 

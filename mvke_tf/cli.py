@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from mvke_tf.config import SECTIONS, RunConfig
 
 DEBUG = "MVKE_DEBUG"
 
@@ -43,13 +44,17 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         if type(error) is ValueError:
             print(f"({DEBUG}=1 shows where it was raised.)", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if os.environ.get(DEBUG) == "1":
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
 
-SECTIONS = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
 # Settings whose own name would be ambiguous on a command line.
 _FLAGS = {("data", "seed"): "data_seed", ("model", "name"): "model"}
 
@@ -76,7 +81,8 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
     """
     for section in sections:
         cls = SECTIONS[section]
-        described = dict(re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w|\n\s*\Z)", cls.__doc__, re.M | re.S))
+        # Python 3.13 strips the indentation of docstrings, earlier ones do not.
+        described = dict(re.findall(r"^ {4}(\w+): (.+?)(?=\n {4}\w|\Z)", inspect.cleandoc(cls.__doc__), re.M | re.S))
         group = parser.add_argument_group(f"settings of the {section}")
         for field in dataclasses.fields(cls):
             words = " ".join(described[field.name].split()).replace("`", "").replace("%", "%%")
@@ -90,6 +96,17 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
             group.add_argument(f"--{_FLAGS.get((section, field.name), field.name)}", **options)
 
 
+def given_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The settings that a command line states, `{section: {setting: value}}`."""
+    given: dict[str, dict[str, Any]] = {}
+    for section, cls in SECTIONS.items():
+        for field in dataclasses.fields(cls):
+            value = getattr(args, _FLAGS.get((section, field.name), field.name), None)
+            if value is not None:
+                given.setdefault(section, {})[field.name] = value
+    return given
+
+
 def read_settings(args: argparse.Namespace, config_file: Path | None = None) -> RunConfig:
     """The settings of a command line: those given, over those of a JSON file, over the defaults.
 
@@ -100,20 +117,16 @@ def read_settings(args: argparse.Namespace, config_file: Path | None = None) -> 
     Raises:
         ValueError: If the file cannot be read, or a setting is unknown or invalid.
     """
-    values: dict[str, Any] = {}
+    values: Any = {}
     if config_file is not None:
         try:
             values = json.loads(config_file.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"--config needs a JSON file, such as a run's config.json. Received: {error}") from error
-        if not isinstance(values, dict) or not all(isinstance(section, dict) for section in values.values()):
-            raise ValueError(f"{config_file} must hold an object of sections {list(SECTIONS)}, each an object.")
-    for section, cls in SECTIONS.items():
-        for field in dataclasses.fields(cls):
-            given = getattr(args, _FLAGS.get((section, field.name), field.name), None)
-            if given is not None:
-                values.setdefault(section, {})[field.name] = given
-    return RunConfig.from_dict(values)
+    config = RunConfig.from_dict(values)
+    for section, settings in given_settings(args).items():
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **settings)})
+    return config
 
 
 def positive_int(text: str) -> int:

@@ -8,17 +8,28 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """Builds a settings dataclass from a dictionary.
+def from_dict(cls: type[T], values: Any) -> T:
+    """Builds a settings dataclass from a dictionary, such as JSON gives.
 
     Raises:
-        ValueError: If the dictionary has a key that the dataclass does not know.
+        ValueError: If it is no dictionary, has a key that the dataclass does not know, or a value of another type than
+            the default's.
     """
-    known = {field.name for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__} is read from an object of settings. Received: {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ValueError(f"{cls.__name__} has no setting {unknown}. Known settings: {sorted(known)}")
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        raise ValueError(f"{cls.__name__} has no setting {unknown}. Known settings: {sorted(fields)}")
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    for key, value in given.items():
+        default = fields[key].default
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if default is dataclasses.MISSING or default is None:
+            continue
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            raise ValueError(f"{cls.__name__}.{key} must be of the type of {default!r}. Received: {value!r}")
+    return cls(**given)
 
 
 def _check(owner: object, name: str, valid: object, expected: str) -> None:
@@ -34,6 +45,10 @@ class DataConfig:
         protocol: `"impressions"` or `"ratings"` (see `mvke_tf.data.protocols`).
         split: `"temporal"`, `"random"` or `"per_user"`.
         neg_ratio: Sampled negatives per impression (`"impressions"` only).
+        unknown_rate: Share of the values of every single-valued feature but the user id that training replaces by
+            "unknown", so that index 0 is learned.
+        unknown_user_rate: The same of the user id. Most users of a temporal test part are new: the model must learn to
+            do without the id.
         history_length: Slots of the lists of recent and of liked items.
         seed: Seed of the negatives and of the random split.
     """
@@ -41,6 +56,8 @@ class DataConfig:
     protocol: str = "impressions"
     split: str = "temporal"
     neg_ratio: int = 1
+    unknown_rate: float = 0.05
+    unknown_user_rate: float = 0.9
     history_length: int = 50
     seed: int = 0
 
@@ -48,6 +65,8 @@ class DataConfig:
         _check(self, "protocol", self.protocol in ("impressions", "ratings"), "'impressions' or 'ratings'")
         _check(self, "split", self.split in ("temporal", "random", "per_user"), "'temporal', 'random' or 'per_user'")
         _check(self, "neg_ratio", self.neg_ratio >= 0, "0 or more")
+        _check(self, "unknown_rate", 0 <= self.unknown_rate <= 1, "in [0, 1]")
+        _check(self, "unknown_user_rate", 0 <= self.unknown_user_rate <= 1, "in [0, 1]")
         _check(self, "history_length", self.history_length >= 1, "at least 1")
         _check(self, "seed", self.seed >= 0, "0 or more")
 
@@ -108,6 +127,7 @@ class TrainingConfig:
         batch_size: Pairs per step.
         learning_rate: Learning rate of the optimizer.
         patience: Epochs without a better mean validation AUC after which training stops; 0 never stops early.
+        deterministic: Whether the same seed gives the same weights to the last bit; costs speed on a GPU.
         distinct: Whether the towers run once per distinct user state and item of a batch.
         seed: Seed of the weights, of dropout and of the order of the pairs.
     """
@@ -116,6 +136,7 @@ class TrainingConfig:
     batch_size: int = 256
     learning_rate: float = 1e-3
     patience: int = 3
+    deterministic: bool = True
     distinct: bool = False
     seed: int = 0
 
@@ -146,7 +167,11 @@ class RunConfig:
         Raises:
             ValueError: If a section or a setting is unknown.
         """
-        sections = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
-        return from_dict(
-            cls, {key: from_dict(sections[key], value) if key in sections else value for key, value in values.items()}
-        )
+        if isinstance(values, dict):
+            values = {
+                key: from_dict(SECTIONS[key], value) if key in SECTIONS else value for key, value in values.items()
+            }
+        return from_dict(cls, values)
+
+
+SECTIONS = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}

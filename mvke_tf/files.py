@@ -7,9 +7,13 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -27,6 +31,20 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(folder / path.name, path)
     finally:
         shutil.rmtree(folder)
+
+
+# What reading a damaged file of ours raises, from the zip archive down to the JSON in it.
+DAMAGED = (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an `.npz` file.
+
+    Raises:
+        Exception: One of `DAMAGED`, if the file is missing or damaged.
+    """
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zipfile
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import pandas as pd
 import mvke_tf.layers  # noqa: F401  (registers the layers that a saved model needs)
 from mvke_tf.config import RunConfig
 from mvke_tf.data.prepared import Prepared
-from mvke_tf.files import write_json, written_whole
+from mvke_tf.files import DAMAGED, read_arrays, write_json, written_whole
 
 History = list[dict[str, float]]
 
@@ -122,7 +121,11 @@ class Run:
     @cached_property
     def config(self) -> RunConfig:
         """Settings of the run."""
-        return RunConfig.from_dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+        path = self.folder / "config.json"
+        try:
+            return RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise RunError(f"{path} cannot be used: {error}") from error
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -139,7 +142,7 @@ class Run:
             raise RunError(f"{self.folder} has no checkpoint yet. Train it: scripts/train.py --resume {self.folder}")
         try:
             return keras.saving.load_model(self.checkpoint, compile=False)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise RunError(f"{self.checkpoint} is damaged ({error}). Train again.") from error
 
     def save_checkpoint(self, model: keras.Model) -> None:
@@ -149,11 +152,15 @@ class Run:
 
     def save_state(self, model: keras.Model, history: History) -> None:
         """Keeps everything that resuming needs in one file: variables, optimizer, seeds and history."""
-        arrays = {f"variable_{i:04d}": np.asarray(v) for i, v in enumerate(_state_variables(model))}
-        with written_whole(self.state_file) as temporary, open(temporary, "wb") as file:
-            np.savez(file, history=json.dumps(history), **arrays)
         with written_whole(self.log_file) as temporary:
             pd.DataFrame(history).to_csv(temporary, index=False)
+        arrays = {
+            f"variable_{index:04d}": keras.ops.convert_to_numpy(variable)
+            for index, variable in enumerate(_state_variables(model))
+        }
+        # Last, because it is what makes the epoch count as finished.
+        with written_whole(self.state_file) as temporary, open(temporary, "wb") as file:
+            np.savez(file, history=json.dumps(history), **arrays)
 
     def restore_state(self, model: keras.Model) -> History:
         """Puts the kept state into a compiled model of the same settings.
@@ -168,10 +175,9 @@ class Run:
             return []
         variables = _state_variables(model)
         try:
-            with np.load(self.state_file) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = read_arrays(self.state_file)
             history = json.loads(str(arrays.pop("history")))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (*DAMAGED, KeyError) as error:
             raise RunError(f"{self.state_file} is damaged ({error}). Train anew.") from error
         if [array.shape for array in arrays.values()] != [tuple(variable.shape) for variable in variables]:
             raise RunError(

@@ -23,10 +23,12 @@ class Feature:
         tower: `"user"` or `"item"`.
         vocabulary_size: Number of indices, the unknown index 0 included.
         length: 1 for a single value; above 1 the number of slots of a multi-valued feature,
-            in which a slot with weight 0 is empty.
+            in which a slot with weight 0 is empty. Give an empty list as one slot of index 0 and weight 1, as
+            `mvke_tf.data.features.Encoder` does: a zero vector has no direction for a layer norm.
         embedding: Name of the feature whose embedding table this one shares; its own by default.
         unknown_rate: Share of the indices that training replaces by "unknown", so that index 0
-            is a trained embedding and not a random one.
+            is a trained embedding and not a random one. It belongs to the table: features that share the table
+            follow it and state none.
     """
 
     name: str
@@ -125,6 +127,11 @@ class Schema:
                 raise ValueError(
                     f"Feature {feature.name!r}: `embedding` must name a feature that owns a table. "
                     f"Received: {feature.embedding!r}; tables: {tables}"
+                )
+            if owner is not feature and feature.unknown_rate:
+                raise ValueError(
+                    f"Feature {feature.name!r} reads the table of {owner.name!r}, whose `unknown_rate` holds for both. "
+                    f"Received: unknown_rate={feature.unknown_rate}"
                 )
             if owner.vocabulary_size != feature.vocabulary_size:
                 raise ValueError(

@@ -7,6 +7,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -14,7 +16,8 @@ import numpy as np
 
 from mvke_tf.config import RunConfig, TrainingConfig
 from mvke_tf.data.dataset import Batches
-from mvke_tf.models import build_model
+from mvke_tf.data.prepared import prepare_movielens
+from mvke_tf.models import build_model, check_model
 from mvke_tf.models.two_tower import distinct_model, task_names
 from mvke_tf.run import History, Run
 from mvke_tf.schema import Schema, Task
@@ -49,10 +52,10 @@ class Result:
     gpu_peak_memory: int | None
 
 
-def set_determinism(seed: int) -> None:
-    """Makes everything that follows in this process depend on the seed alone."""
-    keras.utils.set_random_seed(seed)
-    if keras.backend.backend() == "tensorflow":
+def set_seed(config: TrainingConfig) -> None:
+    """Makes everything that follows in this process depend on the seed; if `deterministic`, to the last bit."""
+    keras.utils.set_random_seed(config.seed)
+    if config.deterministic and keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         tf.config.experimental.enable_op_determinism()
@@ -122,18 +125,23 @@ class RunKeeper(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         loss = float(logs["loss"])
         self._stopped = time.perf_counter()
-        if not math.isfinite(loss):
+        self._check_finite("loss", loss, f"step {batch + 1}")
+
+    def _check_finite(self, name: str, value: float, where: str) -> None:
+        if not math.isfinite(value):
             kept = (
                 f"The best checkpoint so far, {self.run.checkpoint}, is kept."
                 if self.run.checkpoint.is_file()
                 else "No epoch had finished, so there is no checkpoint."
             )
             raise TrainingError(
-                f"The loss became {loss} in epoch {self._epoch + 1}, step {batch + 1}. {kept} Try a lower "
+                f"The {name} became {value} in epoch {self._epoch + 1}, {where}. {kept} Try a lower "
                 f"--learning_rate; it was {self.config.learning_rate}."
             )
 
     def on_epoch_end(self, epoch, logs=None):
+        # The last step's update shows in the validation only.
+        self._check_finite("validation loss", float(logs["val_loss"]), "after the last step")
         logs["val_auc"] = mean_validation_auc(logs)
         logs["rows_per_second"] = self.rows / (self._stopped - self._started)
         self.history.append({"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}})
@@ -144,11 +152,40 @@ class RunKeeper(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
-def train(run: Run, report: Any = print) -> Result:
-    """Trains the model of a run, from its last finished epoch on.
+def train(
+    config: RunConfig,
+    run_name: str | None = None,
+    data_dir: Path = Path("data"),
+    runs_dir: Path = Path("runs"),
+    report: Callable[[str], object] = print,
+) -> Result:
+    """Obtains and prepares the data unless that has been done, makes a run directory and trains in it.
 
     Args:
-        run: A run directory, new or interrupted.
+        config: All settings.
+        run_name: Name of the run directory; the model and the time by default.
+        data_dir: Where raw and prepared data are kept.
+        runs_dir: Where runs are kept.
+        report: Called with lines of text.
+
+    Returns:
+        What was made; everything else is in the run directory.
+
+    Raises:
+        ValueError: If the model is unknown (`ValueError`), the data cannot be used (`DataError`), the run exists
+            (`RunError`), or the loss becomes NaN or infinite (`TrainingError`).
+    """
+    check_model(config.model.name)
+    name = run_name or f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    prepared = prepare_movielens(data_dir, config.data, report=report)
+    return train_run(Run.create(runs_dir / name, config, prepared), report)
+
+
+def train_run(run: Run, report: Callable[[str], object] = print) -> Result:
+    """Trains the model of a run, new or interrupted, from its last finished epoch on.
+
+    Args:
+        run: A run directory.
         report: Called with lines of text.
 
     Returns:
@@ -157,8 +194,9 @@ def train(run: Run, report: Any = print) -> Result:
     Raises:
         TrainingError: If the loss becomes NaN or infinite.
     """
+    report(f"Run: {run.folder}   (follow it: tensorboard --logdir {run.folder.parent})")
     config = run.config.training
-    set_determinism(config.seed)
+    set_seed(config)
     plain, model = build_training_model(run.config, run.prepared.schema)
     history = run.restore_state(model)
     finished = len(history)

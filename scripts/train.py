@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mvke_tf.cli import add_settings, read_settings, run_main
+from mvke_tf.cli import add_settings, given_settings, read_settings, run_main
 
 
 def main() -> None:
@@ -22,26 +21,19 @@ def main() -> None:
     add_settings(parser, "data", "model", "training")
     args = parser.parse_args()
     config = read_settings(args, args.config)
-    if args.resume and (args.run_name or args.config or config != read_settings(argparse.Namespace())):
+    if args.resume and (args.run_name or args.config or given_settings(args)):
         parser.error("--resume continues a run with the settings in its config.json; leave the other settings out.")
 
-    from mvke_tf.data.prepared import prepare_movielens
-    from mvke_tf.models import check_model
     from mvke_tf.run import Run
-    from mvke_tf.training import train
+    from mvke_tf.training import train, train_run
 
-    if args.resume:
-        run = Run.open(args.resume)
-    else:
-        check_model(config.model.name)
-        name = args.run_name or f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        prepared = prepare_movielens(args.data_dir, config.data)
-        run = Run.create(args.runs_dir / name, config, prepared)
-    print(f"Run: {run.folder}   (follow it: tensorboard --logdir {run.folder.parent})")
     try:
-        result = train(run)
+        if args.resume:
+            result = train_run(Run.open(args.resume))
+        else:
+            result = train(config, args.run_name, args.data_dir, args.runs_dir)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. Continue: python scripts/train.py --resume {run.folder}", file=sys.stderr)
+        print("\nInterrupted. Continue: python scripts/train.py --resume runs/<name>", file=sys.stderr)
         sys.exit(130)
     print(f"Best epoch {result.best_epoch} of {len(result.history)}: {result.run.checkpoint}")
     if result.rows_per_second:

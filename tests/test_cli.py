@@ -1,4 +1,5 @@
 import argparse
+import inspect
 import os
 import runpy
 import subprocess
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mvke_tf.cli import positive_int, run_main
+from mvke_tf.cli import add_settings, given_settings, positive_int, read_settings, run_main
+from mvke_tf.config import SECTIONS
 from mvke_tf.data.movielens import DataError
 
 EVALUATE = Path(__file__).resolve().parents[1] / "scripts" / "evaluate.py"
@@ -147,3 +149,69 @@ def test_evaluate_prints_the_table_and_the_paths(evaluate, tiny_run):
         "validation_calibration.png",
         "validation_roc.png",
     ]
+
+
+def parsed(*options: str, sections=("data", "model", "training")) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_settings(parser, *sections)
+    return parser.parse_args(options)
+
+
+def test_settings_have_the_help_of_their_docstrings(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--help", sections=("training",))
+    output = " ".join(capsys.readouterr().out.split())
+    assert "--batch_size BATCH_SIZE Pairs per step. (default: 256)" in output
+
+
+def test_dedented_docstrings_have_help_too(monkeypatch):
+    """As Python 3.13 makes them."""
+    for cls in SECTIONS.values():
+        monkeypatch.setattr(cls, "__doc__", inspect.cleandoc(cls.__doc__))
+    assert parsed("--epochs", "3").epochs == 3
+
+
+def test_given_settings_are_those_on_the_command_line():
+    args = parsed("--epochs", "50", "--data_seed", "1", "--hidden_dims", "8", "4", "--no-distinct", "--tasks", "ctr")
+    assert given_settings(args) == {
+        "data": {"seed": 1},
+        "model": {"hidden_dims": [8, 4], "tasks": ["ctr"]},
+        "training": {"epochs": 50, "distinct": False},
+    }
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"training": {"epochs": 7, "batch_size": 9}, "model": {"hidden_dims": [3]}}')
+    config = read_settings(parsed("--epochs", "8", "--model", "mmoe"), path)
+    assert (config.training.epochs, config.training.batch_size, config.training.patience) == (8, 9, 3)
+    assert (config.model.name, config.model.hidden_dims) == ("mmoe", (3,))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "--config needs a JSON file"),
+        ("[1]", "RunConfig is read from an object"),
+        ('{"training": 3}', "TrainingConfig is read from an object"),
+        (
+            '{"training": {"batch_size": "256"}}',
+            "TrainingConfig.batch_size must be of the type of 256. Received: '256'",
+        ),
+        ('{"training": {"epochs": 2.5}}', "TrainingConfig.epochs must be of the type of 50"),
+        ('{"training": {"distinct": 1}}', "TrainingConfig.distinct must be of the type of False"),
+        ('{"training": {"epochs": true}}', "TrainingConfig.epochs must be of the type of 50"),
+        ('{"data": {"seed": null}}', "DataConfig.seed must be of the type of 0. Received: None"),
+        ('{"optimizer": {}}', r"RunConfig has no setting \['optimizer'\]"),
+    ],
+)
+def test_a_bad_config_file_is_explained(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_settings(parsed(), path)
+
+
+def test_errors_of_the_file_system_are_one_line(capsys):
+    assert status(raises(PermissionError(13, "Permission denied", "runs"))) == 2
+    assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 'runs'\n"

@@ -75,16 +75,18 @@ def check_mixture(golden: Golden) -> None:
     check_golden(golden, model, model.trainable_variables)
 
 
-def ranges(sizes: list[int], total: int) -> tuple[range, ...]:
-    """The kernels or experts of each task. The recorded ranges start at the first and end at the last one."""
-    first, last = sizes
-    return range(first), range(total - last, total)
+def ranges(golden: Golden, names: list[str], sizes: list[int], total: int) -> list[range]:
+    """The kernels or experts of each task: those that `meta` states, else from the first and up to the last one."""
+    if "tasks" in golden.meta:
+        return [range(first, last + 1) for first, last in (golden.meta["tasks"][name] for name in names)]
+    assert len(sizes) <= 2, f"{golden.path}: `meta` must state the ranges of more than two tasks"
+    return [range(sizes[0]), range(total - sizes[-1], total)][: len(sizes)]
 
 
 def mvke_graph(golden: Golden, names: list[str]) -> tuple:
     num_kernels, dim = golden["var/mvke_user/virtual_cluster"].shape
     # Recorded tags are followed by one gate weight per kernel.
-    chosen = ranges([golden["output/tag/" + name].shape[1] - dim for name in names], num_kernels)
+    chosen = ranges(golden, names, [golden["output/tag/" + name].shape[1] - dim for name in names], num_kernels)
     tasks = [Task(name, kernels=kernels) for name, kernels in zip(names, chosen, strict=True)]
     return mvke_towers, tasks, {"num_virtual_kernels": num_kernels}
 
@@ -92,7 +94,7 @@ def mvke_graph(golden: Golden, names: list[str]) -> tuple:
 def mmoe_graph(golden: Golden, names: list[str]) -> tuple:
     experts = {match[1] for key in golden.names("var/") if (match := re.match(r"mmoe_user/expert_(\d+)_", key))}
     sizes = [golden[f"var/mmoe_user/mmoe_gates_{name}/input_gate_dense/bias"].shape[0] for name in names]
-    chosen = ranges(sizes, len(experts))
+    chosen = ranges(golden, names, sizes, len(experts))
     tasks = [Task(name, experts=seen) for name, seen in zip(names, chosen, strict=True)]
     return mmoe_towers, tasks, {"num_experts": len(experts)}
 
@@ -147,6 +149,8 @@ FILES = [path for path, operation in OPERATIONS.items() if operation in CHECKS]
 
 def test_the_folder_has_recordings():
     assert FILES, f"{FOLDER} has no golden file (.npz with `meta`) of {sorted(CHECKS)}. Received: {OPERATIONS}"
+    unknown = set(OPERATIONS.values()) - set(CHECKS) - {"keras_mmoe.MMoE"}
+    assert FOLDER != DEFAULT_FOLDER or not unknown, f"{FOLDER} has golden files of unknown operations {unknown}"
     missing = set(CHECKS) - set(OPERATIONS.values())
     assert FOLDER != DEFAULT_FOLDER or not missing, f"{FOLDER} lacks recordings of {missing}"
 

@@ -15,15 +15,20 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_own_script(movielens_folder, tiny_run, tmp_path, monkeypatch):
-    """On the small data set, put where the snippet looks for the prepared one."""
+@pytest.fixture
+def small_data(tiny_run, tmp_path, monkeypatch):
+    """The small data set, put where the snippets look for the prepared one."""
     monkeypatch.chdir(tmp_path)
     target = prepared_path(Path("data"), DataConfig())
     target.parent.mkdir(parents=True)
     (tiny_run.folder / "prepared.npz").rename(target)
+    return target
+
+
+def test_own_script(small_data):
     names = {}
     exec(SNIPPETS[0], names)
-    rows = len(Prepared.load(target).part_rows("test"))
+    rows = len(Prepared.load(small_data).part_rows("test"))
     assert {task: weights.shape for task, weights in names["weights"].items()} == {"ctr": (rows, 3), "cvr": (rows, 4)}
     assert names["weights"]["cvr"].sum(axis=1) == pytest.approx(1.0)
     assert Path("mvke.keras").is_file()
@@ -38,12 +43,29 @@ def test_own_schema():
     assert model.get_layer("embedding_ad_id").input_dim == 5_001
 
 
+def test_train(small_data):
+    names = {}
+    exec(SNIPPETS[2], names)
+    assert names["result"].run.checkpoint == Path("runs/mine/best.keras")
+    assert 0 < names["report"]["test"]["ctr"]["auc"] < 1
+
+
+def test_models():
+    names = {}
+    exec(SNIPPETS[3], names)
+    assert [model.name for model in names["models"]] == ["mvke", "mmoe", "cgc", "ple", "shared_bottom", "hard_sharing"]
+
+
 def test_exported_model(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     export_run(tiny_run, Path("runs/mine/export"))
-    exec(SNIPPETS[2], {})
+    exec(SNIPPETS[4], {})
     assert "'recent_items': tf.int64" in capsys.readouterr().out
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 5
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"PLACEHOLDER|TODO|TBD|XXX", README)
 
 
 def test_files_that_the_readme_names_exist():

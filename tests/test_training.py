@@ -23,7 +23,7 @@ from mvke_tf.training import (
     build_training_model,
     is_finished,
     mean_validation_auc,
-    train,
+    train_run,
 )
 from tests.conftest import REPOSITORY
 
@@ -59,7 +59,7 @@ def quiet(line):
 
 
 def test_train_learns_and_keeps_the_best_checkpoint(new_run):
-    result = train(new_run("a", epochs=8, batch_size=8, learning_rate=0.01), report=quiet)
+    result = train_run(new_run("a", epochs=8, batch_size=8, learning_rate=0.01), report=quiet)
     losses = [epoch["loss"] for epoch in result.history]
     assert losses[-1] < losses[0] - 0.01
     assert [epoch["epoch"] for epoch in result.history] == list(range(1, 9))
@@ -78,7 +78,7 @@ def test_train_learns_and_keeps_the_best_checkpoint(new_run):
 
 
 def test_logs(new_run):
-    run = train(new_run("a"), report=quiet).run
+    run = train_run(new_run("a"), report=quiet).run
     lines = run.log_file.read_text().splitlines()
     assert len(lines) == 4
     assert {"epoch", "loss", "ctr_auc", "cvr_auc", "val_auc", "val_loss"} <= set(lines[0].split(","))
@@ -87,7 +87,7 @@ def test_logs(new_run):
 
 @pytest.mark.parametrize("distinct", [False, True])
 def test_resumed_run_is_bit_identical(new_run, monkeypatch, distinct):
-    unbroken = train(new_run("unbroken", distinct=distinct), report=quiet)
+    unbroken = train_run(new_run("unbroken", distinct=distinct), report=quiet)
     broken = new_run("broken", distinct=distinct)
     real = RunKeeper.on_train_batch_end
 
@@ -98,9 +98,9 @@ def test_resumed_run_is_bit_identical(new_run, monkeypatch, distinct):
 
     monkeypatch.setattr(RunKeeper, "on_train_batch_end", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train(broken, report=quiet)
+        train_run(broken, report=quiet)
     monkeypatch.setattr(RunKeeper, "on_train_batch_end", real)
-    resumed = train(broken, report=quiet)
+    resumed = train_run(broken, report=quiet)
     assert_same_state(state(unbroken.run), state(resumed.run))
     assert resumed.best_epoch == unbroken.best_epoch
     for ours, theirs in zip(resumed.history, unbroken.history, strict=True):
@@ -111,7 +111,7 @@ def test_resumed_run_is_bit_identical(new_run, monkeypatch, distinct):
 
 def test_same_seed_same_weights_other_seed_other_weights(new_run):
     first, second, other = (
-        train(new_run(name, seed=seed, epochs=1), report=quiet).run for name, seed in (("a", 1), ("b", 1), ("c", 2))
+        train_run(new_run(name, seed=seed, epochs=1), report=quiet).run for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert_same_state(state(first), state(second))
     assert any(not np.array_equal(value, state(other)[name]) for name, value in state(first).items())
@@ -119,7 +119,7 @@ def test_same_seed_same_weights_other_seed_other_weights(new_run):
 
 def test_resumed_after_kill_9_is_bit_identical(new_run):
     settings = {"epochs": 6, "batch_size": 1}
-    unbroken = train(new_run("unbroken", **settings), report=quiet)
+    unbroken = train_run(new_run("unbroken", **settings), report=quiet)
     killed = new_run("killed", **settings)
     command = [sys.executable, str(REPOSITORY / "scripts" / "train.py"), "--resume", str(killed.folder)]
     environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
@@ -141,17 +141,17 @@ def test_resumed_after_kill_9_is_bit_identical(new_run):
 
 
 def test_a_finished_run_is_not_trained_again(new_run):
-    run = train(new_run("a"), report=quiet).run
+    run = train_run(new_run("a"), report=quiet).run
     before = state(run)
     lines = []
-    result = train(run, report=lines.append)
+    result = train_run(run, report=lines.append)
     assert "finished already" in lines[-1]
     assert result.rows_per_second is None
     assert_same_state(before, state(run))
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(new_run):
-    run = train(new_run("a", epochs=1), report=quiet).run
+    run = train_run(new_run("a", epochs=1), report=quiet).run
     checkpoint = run.checkpoint.read_bytes()
     with np.load(run.state_file) as file:
         arrays = dict(file)
@@ -161,14 +161,14 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(new_run):
     settings["training"]["epochs"] = 2
     (run.folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(TrainingError, match=r"epoch 2, step 1\. The best checkpoint so far, .*best\.keras, is kept"):
-        train(Run.open(run.folder), report=quiet)
+        train_run(Run.open(run.folder), report=quiet)
     assert run.checkpoint.read_bytes() == checkpoint
 
 
 def test_divergence_in_the_first_epoch_says_that_there_is_no_checkpoint(new_run):
-    run = new_run("a", learning_rate=1e30)
+    run = new_run("a", learning_rate=1e30, batch_size=8)
     with pytest.raises(TrainingError, match=r"epoch 1, step \d+\. No epoch had finished.*lower --learning_rate"):
-        train(run, report=quiet)
+        train_run(run, report=quiet)
     assert not run.checkpoint.exists()
 
 
@@ -176,7 +176,7 @@ def test_divergence_in_the_first_epoch_says_that_there_is_no_checkpoint(new_run)
 def test_every_model_trains_and_loads(new_run, name):
     tasks = ("cvr",) if name == "single_task" else ("ctr", "cvr")
     model = dataclasses.replace(MODEL, name=name, tasks=tasks, num_experts=3, hidden_dims=(8, 4), embedding_stddev=1.0)
-    result = train(new_run(name, model, epochs=1), report=quiet)
+    result = train_run(new_run(name, model, epochs=1), report=quiet)
     run = result.run
     loaded = run.load_model()
     assert list(loaded.output) == list(tasks)
@@ -185,6 +185,14 @@ def test_every_model_trains_and_loads(new_run, name):
     aucs = [auc(data.labels[task], scores) for task, scores in predict(loaded, data).items()]
     # Keras sums the area up over 200 thresholds.
     assert np.mean(aucs) == pytest.approx(result.history[0]["val_auc"], abs=0.02)
+
+
+def test_divergence_in_the_last_step_of_an_epoch_is_seen(new_run):
+    run = new_run("a", learning_rate=1e30, batch_size=100_000)
+    with pytest.raises(TrainingError, match=r"The validation loss became .* in epoch 1, after the last step"):
+        train_run(run, report=quiet)
+    assert not run.checkpoint.exists()
+    assert not run.state_file.exists()
 
 
 def test_early_stopping():
@@ -203,13 +211,13 @@ def test_mean_validation_auc_counts_validation_only():
 
 
 def test_state_of_another_model_is_refused(new_run):
-    run = train(new_run("a", epochs=1), report=quiet).run
+    run = train_run(new_run("a", epochs=1), report=quiet).run
     settings = run.config.to_dict()
     settings["model"]["hidden_dims"] = [8, 8]
     settings["training"]["epochs"] = 2
     (run.folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(RunError, match="variables"):
-        train(Run.open(run.folder), report=quiet)
+        train_run(Run.open(run.folder), report=quiet)
 
 
 def test_train_script_end_to_end(tiny_run_template, tmp_path):
@@ -251,7 +259,7 @@ def test_train_script_end_to_end(tiny_run_template, tmp_path):
         (["--epochs", "many"], "invalid int value"),
         (["--model", "mvk"], "Unknown model"),
         (["--resume", "nowhere"], "There is no run at nowhere"),
-        (["--resume", "nowhere", "--epochs", "3"], "leave the other settings out"),
+        (["--resume", "nowhere", "--epochs", "50"], "leave the other settings out"),
         (["--config", "nowhere.json"], "--config needs a JSON file"),
         (["--dropout_rate", "1"], "in [0, 1)"),
     ],

@@ -45,23 +45,24 @@ class RawFeature:
 
 def movielens_features(config: DataConfig) -> tuple[RawFeature, ...]:
     """The fields of both towers on MovieLens."""
-    length = config.history_length
+    length, rate = config.history_length, config.unknown_rate
     return (
-        # Most users of a temporal test part are new: the model must learn to do without the id.
-        RawFeature("user_id", "user", "integer", unknown_rate=0.9),
-        RawFeature("age", "user", "number", bins=10),
-        RawFeature("gender", "user", "string"),
-        RawFeature("occupation", "user", "string"),
-        RawFeature("rating_count", "user", "number"),
-        RawFeature("mean_rating", "user", "number"),
+        RawFeature("user_id", "user", "integer", unknown_rate=config.unknown_user_rate),
+        RawFeature("age", "user", "number", bins=10, unknown_rate=rate),
+        RawFeature("gender", "user", "string", unknown_rate=rate),
+        RawFeature("occupation", "user", "string", unknown_rate=rate),
+        RawFeature("rating_count", "user", "number", unknown_rate=rate),
+        RawFeature("mean_rating", "user", "number", unknown_rate=rate),
         RawFeature("recent_items", "user", "integer", length=length, shares="item_id"),
         RawFeature("liked_items", "user", "integer", length=length, shares="item_id"),
         RawFeature("liked_genres", "user", "string", length=len(GENRES), shares="genres"),
-        RawFeature("item_id", "item", "integer", unknown_rate=0.05),
+        RawFeature("item_id", "item", "integer", unknown_rate=rate),
         RawFeature("genres", "item", "string", length=len(GENRES)),
-        RawFeature("release_year", "item", "number"),
-        RawFeature("popularity", "item", "number"),
-        RawFeature("item_mean_rating", "item", "number"),
+        RawFeature("release_year", "item", "number", unknown_rate=rate),
+        # Rows of the training part count themselves in these two: without the replacement, "never rated in training"
+        # would be an infallible mark of a negative while training, and a wrong one later.
+        RawFeature("popularity", "item", "number", unknown_rate=rate),
+        RawFeature("item_mean_rating", "item", "number", unknown_rate=rate),
     )
 
 

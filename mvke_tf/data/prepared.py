@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mvke_tf.data.features import Encoder, Table, item_table, movielens_features
 from mvke_tf.data.movielens import DataError, MovieLens, read_movielens
 from mvke_tf.data.protocols import PARTS, describe, labelled_pairs
 from mvke_tf.data.sources import obtain_movielens
-from mvke_tf.files import written_whole
+from mvke_tf.files import DAMAGED, read_arrays, written_whole
 from mvke_tf.schema import Schema
 
 FORMAT = 1
@@ -103,12 +103,11 @@ class Prepared:
         """
         remedy = "Run scripts/preprocess_data.py again."
         try:
-            with np.load(path) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = read_arrays(path)
             meta = json.loads(str(arrays["meta"]))
         except FileNotFoundError:
             raise DataError(f"There is no prepared data at {path}. {remedy}") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (*DAMAGED, KeyError) as error:
             raise DataError(f"{path} is damaged ({error}). Delete it. {remedy}") from error
         if meta.get("format") != FORMAT:
             raise DataError(f"{path} has format {meta.get('format')}, expected {FORMAT}. Delete it. {remedy}")
@@ -153,8 +152,10 @@ def prepare(frames: MovieLens, config: DataConfig) -> Prepared:
 
 def prepared_path(data_dir: Path, config: DataConfig) -> Path:
     """Where the preparation of these settings is kept."""
-    name = f"{config.protocol}-{config.split}-neg{config.neg_ratio}-history{config.history_length}-seed{config.seed}"
-    return Path(data_dir) / "prepared" / f"{name}.npz"
+    # Other settings, other features or another format are another file: nothing stale is ever read.
+    made_of = [FORMAT, dataclasses.asdict(config), [dataclasses.asdict(f) for f in movielens_features(config)]]
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
+    return Path(data_dir) / "prepared" / f"{config.protocol}-{config.split}-{digest}.npz"
 
 
 def prepare_movielens(
@@ -179,8 +180,7 @@ def prepare_movielens(
         The file that `Prepared.load` reads.
     """
     path = prepared_path(data_dir, config)
-    if path.is_file() and not overwrite and folder is None:
-        Prepared.load(path)
+    if path.is_file() and not overwrite and folder is None and source == "auto":
         report(f"{path} is prepared already.")
         return path
     raw = obtain_movielens(data_dir, folder, source, report=report)

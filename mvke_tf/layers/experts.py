@@ -24,7 +24,8 @@ class Experts(keras.layers.Layer):
         hidden_dims: Widths of the hidden layers.
         units: Output width O.
         shared: Whether one set of weights `(1, in, out)` serves all experts; the input must then differ by expert.
-        dropout_rate: Dropout after every hidden layer, while training.
+        dropout_rate: Dropout after every hidden layer, while training. An example loses the same units of every
+            expert: drawing a mask for each took a tenth of a training step, and test AUCs were the same.
         seed: Seed of the weights and of dropout.
 
     Call arguments:
