@@ -29,6 +29,8 @@ PLACES = (
     (r".*mvke_user/field_layer_(\d+)/dense/(kernel|bias)", r"virtual_kernel_experts/\2_\1[0]"),
     (r".*mmoe_user/expert_(\d+)_field_layer_(\d+)/dense/(kernel|bias)", r"experts/\3_\2[\1]"),
     (r".*mmoe_user/expert_(\d+)_field_layer_(\d+)/dense/(kernel|bias)", r"user_towers/\3_\2[\1]"),
+    (r"expert_(kernel|bias)", r"experts/\1_0"),
+    (r"gate_(kernel|bias)_(\w+)", r"gate_\2/dense/\1"),
     (r".*mmoe_gates_(\w+)/input_gate_dense/(kernel|bias)", r"gate_\1/dense/\2"),
     (r".*mmoe_tag/expert_(\d+)_field_layer_(\d+)/dense/(kernel|bias)", r"tag_towers/\3_\2[\1]"),
 )
@@ -51,6 +53,11 @@ class Golden:
     def names(self, prefix: str) -> list[str]:
         """What follows `prefix` in the keys that start with it, in the order of the file."""
         return [key.removeprefix(prefix) for key in self._arrays if key.startswith(prefix)]
+
+    def transpose(self, name: str, axes: tuple[int, ...]) -> None:
+        """Reorders the axes of a variable and of its gradient."""
+        for key in ("var/" + name, "grad_var/" + name):
+            self._arrays[key] = self._arrays[key].transpose(axes)
 
 
 def golden_files(folder: Path) -> dict[Path, str]:

@@ -56,12 +56,22 @@ def test_models():
     assert [model.name for model in names["models"]] == ["mvke", "mmoe", "cgc", "ple", "shared_bottom", "hard_sharing"]
 
 
+def test_dense_mmoe():
+    names = {}
+    exec(SNIPPETS[4], names)
+    assert {name: output.shape for name, output in names["model"].output.items()} == {
+        **{"task_0": (None, 1), "task_1": (None, 1)},
+        **{"task_0_expert_weights": (None, 3), "task_1_expert_weights": (None, 3)},
+    }
+    assert set(names["recommender"].input) == {"user_id", "item_id", "dense_features"}
+
+
 def test_exported_model(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     export_run(tiny_run, Path("runs/mine/export"))
-    exec(SNIPPETS[4], {})
+    exec(SNIPPETS[5], {})
     assert "'recent_items': tf.int64" in capsys.readouterr().out
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
 
 
 def test_nothing_is_left_to_fill_in():

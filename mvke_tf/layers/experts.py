@@ -13,7 +13,8 @@ from keras import ops
 class Experts(keras.layers.Layer):
     """E multi-layer perceptrons of the same shape, computed together.
 
-    Hidden layers are relu, the last layer is linear: `expert_e(x) = relu(x W_e1 + b_e1) ... W_en + b_en`.
+    Hidden layers are relu, the last layer is linear unless `output_activation` says otherwise:
+    `expert_e(x) = relu(x W_e1 + b_e1) ... W_en + b_en`.
     Every layer is one batched product with weights `(E, in, out)` instead of E small ones. Weights start from
     Glorot's uniform distribution of each single expert, biases from zero.
 
@@ -26,6 +27,7 @@ class Experts(keras.layers.Layer):
         shared: Whether one set of weights `(1, in, out)` serves all experts; the input must then differ by expert.
         dropout_rate: Dropout after every hidden layer, while training. An example loses the same units of every
             expert: drawing a mask for each took a tenth of a training step, and test AUCs were the same.
+        output_activation: Activation of the last layer, as in `keras.layers.Dense`; linear by default.
         seed: Seed of the weights and of dropout.
 
     Call arguments:
@@ -54,6 +56,7 @@ class Experts(keras.layers.Layer):
         units: int,
         shared: bool = False,
         dropout_rate: float = 0.0,
+        output_activation: str | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -65,6 +68,7 @@ class Experts(keras.layers.Layer):
         self.units = units
         self.shared = shared
         self.dropout_rate = dropout_rate
+        self.output_activation = keras.activations.get(output_activation)
         self.seed = seed
         self.dropout = keras.layers.Dropout(
             dropout_rate, noise_shape=(1, None, None), seed=seed, dtype=self.dtype_policy
@@ -117,7 +121,7 @@ class Experts(keras.layers.Layer):
             if index:
                 x = self.dropout(ops.relu(x), training=training)
             x = ops.matmul(x, kernel) + bias
-        return ops.transpose(x, (1, 0, 2))
+        return ops.transpose(self.output_activation(x), (1, 0, 2))
 
     def compute_output_shape(self, inputs_shape):
         return (inputs_shape[0], self.num_experts, self.units)
@@ -130,6 +134,7 @@ class Experts(keras.layers.Layer):
             "units": self.units,
             "shared": self.shared,
             "dropout_rate": self.dropout_rate,
+            "output_activation": keras.activations.serialize(self.output_activation),
             "seed": self.seed,
         }
 

@@ -1,0 +1,129 @@
+"""The plain MMoE (Ma et al., KDD 2018) on a dense input vector, for any multi-task problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+
+from mvke_tf.layers import ExpertGate, Experts, MixExperts
+
+
+def _mlp(x, widths: Sequence[int], dropout_rate: float, name: str):
+    for index, units in enumerate(widths):
+        x = keras.layers.Dense(units, activation="relu", name=f"{name}_{index}")(x)
+        if dropout_rate:
+            x = keras.layers.Dropout(dropout_rate, name=f"{name}_dropout_{index}")(x)
+    return x
+
+
+def build_mmoe(
+    input_dim: int = 128,
+    num_experts: int = 3,
+    num_tasks: int = 2,
+    expert_hidden_dims: Sequence[int] = (64, 32),
+    tower_hidden_dims: Sequence[int] = (32, 16),
+    gate_hidden_dims: Sequence[int] | None = None,
+    dropout_rate: float = 0.1,
+    task_output_dims: Sequence[int] | None = None,
+    return_expert_weights: bool = False,
+) -> keras.Model:
+    """MMoE on dense features: experts, one gate per task, one tower per task.
+
+    Every layer of an expert is relu (the last width of `expert_hidden_dims` is the experts' output), a gate is
+    softmax of a linear layer, after an MLP where `gate_hidden_dims` is given, and a tower is a relu MLP with a linear
+    output: a logit for a classification task, a value for a regression task. Which it is, the loss decides.
+
+    Args:
+        input_dim: Width I of the input.
+        num_experts: Number E of experts.
+        num_tasks: Number T of tasks.
+        expert_hidden_dims: Widths of the layers of each expert, at least one.
+        tower_hidden_dims: Widths of the hidden layers of each tower.
+        gate_hidden_dims: Widths of the hidden layers of each gate; a linear gate by default.
+        dropout_rate: Dropout after every hidden layer of experts, gates and towers.
+        task_output_dims: Output width of each task; 1 each by default.
+        return_expert_weights: Whether the model also returns the gate weights.
+
+    Returns:
+        A model from `(B, input_dim)` to `{"task_0": (B, task_output_dims[0]), ...}`; with `return_expert_weights` also
+        `"task_0_expert_weights": (B, E)`, which sum to 1 over the experts, and so on.
+
+    Raises:
+        ValueError: If there is no task or expert layer, or `task_output_dims` has another length.
+
+    Example:
+
+    >>> model = build_mmoe(input_dim=8, return_expert_weights=True)
+    >>> {name: tuple(output.shape) for name, output in model(np.ones((4, 8))).items()}
+    {'task_0': (4, 1), 'task_1': (4, 1), 'task_0_expert_weights': (4, 3), 'task_1_expert_weights': (4, 3)}
+
+    Reference: Ma et al., KDD 2018, equations 6 and 7.
+    """
+    if num_tasks < 1 or not expert_hidden_dims:
+        raise ValueError(
+            "MMoE needs at least one task and one layer per expert. "
+            f"Received: num_tasks={num_tasks}, expert_hidden_dims={tuple(expert_hidden_dims)}"
+        )
+    output_dims = (1,) * num_tasks if task_output_dims is None else tuple(task_output_dims)
+    if len(output_dims) != num_tasks:
+        raise ValueError(f"Expected an output width for each of the {num_tasks} tasks. Received: {output_dims}")
+    inputs = keras.Input((input_dim,), name="features")
+    *hidden, units = expert_hidden_dims
+    experts = Experts(num_experts, hidden, units, dropout_rate=dropout_rate, output_activation="relu", name="experts")(
+        inputs
+    )
+    outputs, weights = {}, {}
+    everything = tuple(range(num_experts))
+    for index, output_dim in enumerate(output_dims):
+        task = f"task_{index}"
+        gate_input = _mlp(inputs, gate_hidden_dims or (), dropout_rate, f"gate_hidden_{task}")
+        gate = ExpertGate(everything, name=f"gate_{task}")(gate_input)
+        mixed = MixExperts(everything, name=f"mixture_{task}")(experts, gate)
+        tower = _mlp(mixed, tower_hidden_dims, dropout_rate, f"tower_{task}")
+        outputs[task] = keras.layers.Dense(output_dim, name=task, dtype="float32")(tower)
+        weights[f"{task}_expert_weights"] = gate
+    return keras.Model(inputs, {**outputs, **weights} if return_expert_weights else outputs, name="mmoe")
+
+
+def build_mmoe_recommender(
+    user_cardinality: int = 10_000,
+    item_cardinality: int = 50_000,
+    embedding_dim: int = 64,
+    num_dense_features: int = 8,
+    num_experts: int = 4,
+    num_tasks: int = 2,
+    **settings,
+) -> keras.Model:
+    """The plain MMoE on a user embedding, an item embedding and dense features, side by side.
+
+    Args:
+        user_cardinality: Number of user indices.
+        item_cardinality: Number of item indices.
+        embedding_dim: Width of both embeddings.
+        num_dense_features: Number N of dense features; 0 leaves that input out.
+        num_experts: Number of experts.
+        num_tasks: Number of tasks.
+        **settings: Further arguments of `build_mmoe`.
+
+    Returns:
+        A model from `{"user_id": (B,), "item_id": (B,), "dense_features": (B, N)}` to the outputs of `build_mmoe`.
+
+    Example:
+
+    >>> model = build_mmoe_recommender(100, 50, embedding_dim=4, num_dense_features=2)
+    >>> outputs = model({"user_id": np.array([1]), "item_id": np.array([2]), "dense_features": np.zeros((1, 2))})
+    >>> sorted(outputs)
+    ['task_0', 'task_1']
+    """
+    inputs = {name: keras.Input((), dtype="int32", name=name) for name in ("user_id", "item_id")}
+    fields = [
+        keras.layers.Embedding(size, embedding_dim, name=f"embedding_{name}")(inputs[name])
+        for name, size in (("user_id", user_cardinality), ("item_id", item_cardinality))
+    ]
+    if num_dense_features:
+        inputs["dense_features"] = keras.Input((num_dense_features,), name="dense_features")
+        fields.append(inputs["dense_features"])
+    features = keras.layers.Concatenate(name="all_features")(fields)
+    mmoe = build_mmoe(2 * embedding_dim + num_dense_features, num_experts, num_tasks, **settings)
+    return keras.Model(inputs, mmoe(features), name="mmoe_recommender")
