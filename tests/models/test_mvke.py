@@ -26,23 +26,6 @@ from tests.models.problems import (
 KERNELS = {"ctr": (0, 1, 2), "cvr": (1, 2, 3, 4)}
 
 
-@pytest.fixture(scope="module")
-def built() -> keras.Model:
-    return randomize(build_mvke(SCHEMA, CONFIG))
-
-
-@pytest.fixture(scope="module")
-def loaded(built, tmp_path_factory) -> keras.Model:
-    path = tmp_path_factory.mktemp("model") / "model.keras"
-    built.save(path)
-    return keras.saving.load_model(path)
-
-
-@pytest.fixture(params=["built", "loaded"])
-def model(request) -> keras.Model:
-    return request.getfixturevalue(request.param)
-
-
 @pytest.mark.parametrize(
     ("num_tasks", "num_kernels", "expected"),
     [

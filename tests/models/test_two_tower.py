@@ -4,7 +4,6 @@ import pytest
 from keras import ops
 
 from mvke_tf.layers import FieldEmbedding
-from mvke_tf.models.mvke import build_mvke
 from mvke_tf.models.two_tower import cut, distinct_model, embed_fields, feature_inputs, score, task_names, tower
 from tests.layer_checks import assert_close
 from tests.models.problems import (
@@ -15,26 +14,8 @@ from tests.models.problems import (
     SCHEMA,
     USERS,
     numpy_outputs,
-    randomize,
     task_losses_and_gradients,
 )
-
-
-@pytest.fixture(scope="module")
-def built() -> keras.Model:
-    return randomize(build_mvke(SCHEMA, CONFIG))
-
-
-@pytest.fixture(scope="module")
-def loaded(built, tmp_path_factory) -> keras.Model:
-    path = tmp_path_factory.mktemp("model") / "model.keras"
-    built.save(path)
-    return keras.saving.load_model(path)
-
-
-@pytest.fixture(params=["built", "loaded"])
-def model(request) -> keras.Model:
-    return request.getfixturevalue(request.param)
 
 
 def test_inputs_and_outputs(model):
