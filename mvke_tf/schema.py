@@ -26,9 +26,10 @@ class Feature:
             in which a slot with weight 0 is empty. Give an empty list as one slot of index 0 and weight 1, as
             `mvke_tf.data.features.Encoder` does: a zero vector has no direction for a layer norm.
         embedding: Name of the feature whose embedding table this one shares; its own by default.
-        unknown_rate: Share of the indices that training replaces by "unknown", so that index 0
-            is a trained embedding and not a random one. It belongs to the table: features that share the table
-            follow it and state none.
+        unknown_rate: Share of the rows in which training replaces this feature by "unknown", so that index 0 is a
+            trained embedding and not a random one. Single-valued features only.
+        unknown_group: Features of one group, all of one tower and one rate, are replaced together: what is unknown
+            together later (of a new item its id, its popularity and its mean rating) is so while training.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Feature:
     length: int = 1
     embedding: str | None = None
     unknown_rate: float = 0.0
+    unknown_group: str | None = None
 
     def __post_init__(self) -> None:
         if self.tower not in TOWERS:
@@ -48,6 +50,11 @@ class Feature:
             )
         if not 0.0 <= self.unknown_rate <= 1.0:
             raise ValueError(f"Feature {self.name!r}: `unknown_rate` must lie in [0, 1]. Received: {self.unknown_rate}")
+
+        if self.unknown_rate and self.length > 1:
+            raise ValueError(
+                f"Feature {self.name!r}: `unknown_rate` is for single-valued features. Received: length={self.length}"
+            )
 
     @property
     def table(self) -> str:
@@ -128,15 +135,19 @@ class Schema:
                     f"Feature {feature.name!r}: `embedding` must name a feature that owns a table. "
                     f"Received: {feature.embedding!r}; tables: {tables}"
                 )
-            if owner is not feature and feature.unknown_rate:
-                raise ValueError(
-                    f"Feature {feature.name!r} reads the table of {owner.name!r}, whose `unknown_rate` holds for both. "
-                    f"Received: unknown_rate={feature.unknown_rate}"
-                )
             if owner.vocabulary_size != feature.vocabulary_size:
                 raise ValueError(
                     f"Feature {feature.name!r} shares the table of {owner.name!r} and needs its vocabulary_size "
                     f"{owner.vocabulary_size}. Received: {feature.vocabulary_size}"
+                )
+
+        groups: dict[str, Feature] = {}
+        for feature in self.features:
+            first = groups.setdefault(feature.unknown_group or feature.name, feature)
+            if (first.tower, first.unknown_rate) != (feature.tower, feature.unknown_rate):
+                raise ValueError(
+                    f"Features of the unknown_group {feature.unknown_group!r} need one tower and one unknown_rate. "
+                    f"Received: {first} and {feature}"
                 )
 
     def of_tower(self, tower: str) -> tuple[Feature, ...]:

@@ -52,6 +52,7 @@ def test_is_frozen():
         ({"vocabulary_size": 0}, "'age': .* at least 1. Received: vocabulary_size=0, length=1"),
         ({"length": 0}, "'age': .* at least 1. Received: vocabulary_size=5, length=0"),
         ({"unknown_rate": 1.5}, r"'age': `unknown_rate` must lie in \[0, 1\]. Received: 1.5"),
+        ({"unknown_rate": 0.1, "length": 3}, "'age': `unknown_rate` is for single-valued features. Received: length=3"),
         ({"unknown_rate": -0.5}, r"'age': `unknown_rate` must lie in \[0, 1\]. Received: -0.5"),
     ],
 )
@@ -71,6 +72,11 @@ def test_rejects_another_kind_of_task():
         ((USER, ITEM, USER), CTR_CVR, r"Every feature needs a name of its own. Received twice: \['user_id'\]"),
         ((USER, ITEM), (Task("ctr"), Task("ctr")), r"Every task needs a name of its own. Received twice: \['ctr'\]"),
         ((USER, ITEM), (), "A schema needs at least one task. Received: no task"),
+        (
+            (USER, ITEM, Feature("age", "user", 3, unknown_rate=0.2, unknown_group="user_id")),
+            CTR_CVR,
+            "unknown_group 'user_id' need one tower and one unknown_rate",
+        ),
         ((USER,), CTR_CVR, "The item tower needs at least one feature. Received: "),
         ((ITEM,), CTR_CVR, "The user tower needs at least one feature. Received: "),
         (

@@ -32,6 +32,7 @@ class RawFeature:
         bins: Most buckets of a number, bounded by quantiles of the training part.
         shares: Name of the feature whose vocabulary and embedding table serve this one.
         unknown_rate: See `mvke_tf.schema.Feature`.
+        unknown_group: See `mvke_tf.schema.Feature`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class RawFeature:
     bins: int = 20
     shares: str | None = None
     unknown_rate: float = 0.0
+    unknown_group: str | None = None
 
 
 def movielens_features(config: DataConfig) -> tuple[RawFeature, ...]:
@@ -56,13 +58,13 @@ def movielens_features(config: DataConfig) -> tuple[RawFeature, ...]:
         RawFeature("recent_items", "user", "integer", length=length, shares="item_id"),
         RawFeature("liked_items", "user", "integer", length=length, shares="item_id"),
         RawFeature("liked_genres", "user", "string", length=len(GENRES), shares="genres"),
-        RawFeature("item_id", "item", "integer", unknown_rate=rate),
+        # Rows of the training part count themselves in the statistics: unless an item is made "new" as a whole, only
+        # negatives have no rating while training, and a new item would always be taken for one.
+        RawFeature("item_id", "item", "integer", unknown_rate=rate, unknown_group="item"),
         RawFeature("genres", "item", "string", length=len(GENRES)),
         RawFeature("release_year", "item", "number", unknown_rate=rate),
-        # Rows of the training part count themselves in these two: without the replacement, "never rated in training"
-        # would be an infallible mark of a negative while training, and a wrong one later.
-        RawFeature("popularity", "item", "number", unknown_rate=rate),
-        RawFeature("item_mean_rating", "item", "number", unknown_rate=rate),
+        RawFeature("popularity", "item", "number", unknown_rate=rate, unknown_group="item"),
+        RawFeature("item_mean_rating", "item", "number", unknown_rate=rate, unknown_group="item"),
     )
 
 
@@ -145,7 +147,7 @@ def item_table(frames: MovieLens, training_ratings: pd.DataFrame) -> Table:
 
     Returns:
         The raw table: `item_id`; `genres` (weight 1 each); `release_year` (NaN if unknown); `popularity`, the number
-        of training ratings; `item_mean_rating`, their mean (NaN if there is none).
+        of training ratings; `item_mean_rating`, their mean (both NaN if there is none).
     """
     items = frames.items
     statistics = training_ratings.groupby("item_id")["rating"].agg(["size", "mean"]).reindex(items["item_id"])
@@ -155,7 +157,7 @@ def item_table(frames: MovieLens, training_ratings: pd.DataFrame) -> Table:
         "genres": np.broadcast_to(np.array(GENRES, object), flags.shape),
         "genres" + WEIGHTS_SUFFIX: flags,
         "release_year": items["release_year"].to_numpy(np.float32, na_value=np.nan),
-        "popularity": statistics["size"].fillna(0).to_numpy(np.float32),
+        "popularity": statistics["size"].to_numpy(np.float32),
         "item_mean_rating": statistics["mean"].to_numpy(np.float32),
     }
 
@@ -262,7 +264,11 @@ class Encoder:
             return len(self.state[owner]) + (2 if kinds[owner] == "number" else 1)
 
         return Schema(
-            tuple(Feature(f.name, f.tower, size(f), f.length, f.shares, f.unknown_rate) for f in self.features), tasks
+            tuple(
+                Feature(f.name, f.tower, size(f), f.length, f.shares, f.unknown_rate, f.unknown_group)
+                for f in self.features
+            ),
+            tasks,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mvke_tf.data.sources import obtain_movielens
 from mvke_tf.files import DAMAGED, read_arrays, written_whole
 from mvke_tf.schema import Schema
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Keras layers of the multi-task models, in `keras.ops` only."""
 
-from mvke_tf.layers.embedding import FieldEmbedding
+from mvke_tf.layers.embedding import FieldEmbedding, ReplaceByUnknown
 from mvke_tf.layers.experts import Experts, SelectExperts
 from mvke_tf.layers.gates import ExpertGate, MixExperts, VirtualKernelGate
 from mvke_tf.layers.rows import GatherRows, RowDot
@@ -12,6 +12,7 @@ __all__ = [
     "FieldEmbedding",
     "GatherRows",
     "MixExperts",
+    "ReplaceByUnknown",
     "RowDot",
     "SelectExperts",
     "VirtualKernelAttention",

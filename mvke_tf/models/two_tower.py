@@ -12,7 +12,7 @@ from typing import Any
 import keras
 
 from mvke_tf.config import ModelConfig
-from mvke_tf.layers import Experts, FieldEmbedding, GatherRows, RowDot, SelectExperts
+from mvke_tf.layers import Experts, FieldEmbedding, GatherRows, ReplaceByUnknown, RowDot, SelectExperts
 from mvke_tf.schema import ITEM_ROWS, USER_ROWS, WEIGHTS_SUFFIX, Feature, Schema, Task
 
 Vectors = dict[str, Any]
@@ -40,13 +40,20 @@ def embed_fields(schema: Schema, config: ModelConfig, inputs: dict[str, Any]) ->
         feature.name: FieldEmbedding(
             feature.vocabulary_size,
             config.embedding_dim,
-            unknown_rate=feature.unknown_rate,
             embeddings_initializer=keras.initializers.RandomNormal(stddev=config.embedding_stddev),
             name=f"embedding_{feature.name}",
         )
         for feature in schema.features
         if feature.embedding is None
     }
+    inputs = dict(inputs)
+    groups: dict[str, list[Feature]] = {}
+    for feature in schema.features:
+        if feature.unknown_rate:
+            groups.setdefault(feature.unknown_group or feature.name, []).append(feature)
+    for group, features in groups.items():
+        replace = ReplaceByUnknown(features[0].unknown_rate, name=f"unknown_{group}")
+        inputs |= dict(zip([f.name for f in features], replace([inputs[f.name] for f in features]), strict=True))
     fields = {}
     for tower in ("user", "item"):
         embedded = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from mvke_tf.layers import FieldEmbedding
+from mvke_tf.layers import FieldEmbedding, ReplaceByUnknown
 from tests.layer_checks import BATCH, assert_close, check_layer, loss_and_gradients
 
 D, LENGTH = 4, 3
@@ -24,10 +24,8 @@ def many(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("vocabulary", [5, 40])
-@pytest.mark.parametrize("unknown_rate", [0.0, 0.5])
-def test_layer_of_a_multi_valued_field(vocabulary, unknown_rate, tmp_path):
-    layer = FieldEmbedding(vocabulary, D, unknown_rate=unknown_rate)
-    check_layer(layer, many(vocabulary), {"embeddings": (vocabulary, D)}, tmp_path)
+def test_layer_of_a_multi_valued_field(vocabulary, tmp_path):
+    check_layer(FieldEmbedding(vocabulary, D), many(vocabulary), {"embeddings": (vocabulary, D)}, tmp_path)
 
 
 def test_layer_of_a_single_valued_field(tmp_path):
@@ -73,28 +71,38 @@ def test_weighted_mean_by_hand(vocabulary):
     assert_close(layer(indices, weights), [[2.5] * D, [0.0] * D])
 
 
-@pytest.mark.parametrize("vocabulary", [5, 40])
-def test_everything_is_unknown_while_training_at_rate_one(vocabulary):
-    indices, weights = many(vocabulary)
-    layer = FieldEmbedding(vocabulary, D, unknown_rate=1.0, seed=0)
-    plain = FieldEmbedding(vocabulary, D)
-    plain.build(indices.shape)
-    layer.build(indices.shape)
-    plain.trainable_variables[0].assign(layer.trainable_variables[0])
-    assert_close(layer(indices, weights, training=True), plain(np.zeros_like(indices), weights))
-    assert_close(layer(indices, weights, training=False), plain(indices, weights))
-    assert_close(layer(indices, weights), plain(indices, weights))
+IDS, COUNTS = np.arange(1, 5001, dtype="int32"), np.full(5000, 7, "int32")
 
 
-def test_share_of_unknown_indices():
-    layer = FieldEmbedding(5, 1, unknown_rate=0.3, seed=0, embeddings_initializer="ones")
-    layer.build((None,))
-    layer.trainable_variables[0].assign([[0.0]] + [[1.0]] * 4)
-    known = ops.convert_to_numpy(layer(np.full(5000, 3, "int32"), training=True))
-    assert known.mean() == pytest.approx(0.7, abs=0.03)
+def test_rows_become_unknown_together():
+    ids, counts = (ops.convert_to_numpy(x) for x in ReplaceByUnknown(0.3, seed=0)([IDS, COUNTS], training=True))
+    assert (ids == 0).mean() == pytest.approx(0.3, abs=0.03)
+    np.testing.assert_array_equal(counts, np.where(ids == 0, 0, 7))
+    np.testing.assert_array_equal(ids[ids > 0], IDS[ids > 0])
+
+
+def test_other_rows_every_time():
+    layer = ReplaceByUnknown(0.3, seed=0)
+    first, second = (ops.convert_to_numpy(layer([IDS], training=True)[0]) for _ in range(2))
+    assert 0.3 < (first != second).mean() < 0.55
+
+
+@pytest.mark.parametrize("training", [False, None])
+def test_nothing_becomes_unknown_at_inference(training):
+    for output, expected in zip(ReplaceByUnknown(1.0)([IDS, COUNTS], training=training), (IDS, COUNTS), strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(output), expected)
+
+
+def test_replacement_survives_saving(tmp_path):
+    inputs = [keras.Input((), dtype="int32"), keras.Input((), dtype="int32")]
+    model = keras.Model(inputs, ReplaceByUnknown(0.4, seed=3, name="unknown")(inputs))
+    assert [(output.shape, output.dtype) for output in model.outputs] == [((None,), "int32")] * 2
+    model.save(tmp_path / "model.keras")
+    layer = keras.saving.load_model(tmp_path / "model.keras").get_layer("unknown")
+    assert (layer.rate, layer.seed) == (0.4, 3)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1])
 def test_rejects_a_rate_outside_the_unit_interval(rate):
-    with pytest.raises(ValueError, match=r"`unknown_rate` must lie in \[0, 1\]. Received: "):
-        FieldEmbedding(5, D, unknown_rate=rate)
+    with pytest.raises(ValueError, match=r"`rate` must lie in \[0, 1\]. Received: "):
+        ReplaceByUnknown(rate)

@@ -4,7 +4,9 @@ import pytest
 from keras import ops
 
 from mvke_tf.layers import FieldEmbedding
+from mvke_tf.models.mvke import build_mvke
 from mvke_tf.models.two_tower import cut, distinct_model, embed_fields, feature_inputs, score, task_names, tower
+from mvke_tf.schema import Feature, Schema
 from tests.layer_checks import assert_close
 from tests.models.problems import (
     CONFIG,
@@ -109,3 +111,27 @@ def test_rejects_a_model_without_towers(as_dictionary):
     other = keras.Model({"x": symbol}, {"y": symbol} if as_dictionary else symbol, name="other")
     with pytest.raises(ValueError, match=r"Expected a two-tower model .* Received: 'other' with layers \['x'\]"):
         tower(other, "user")
+
+
+def test_features_of_a_group_become_unknown_together_and_others_alone():
+    schema = Schema(
+        (
+            Feature("user_id", "user", 9, unknown_rate=0.5),
+            Feature("history", "user", 7, length=2, embedding="item_id"),
+            Feature("item_id", "item", 7, unknown_rate=0.5, unknown_group="item"),
+            Feature("popularity", "item", 5, unknown_rate=0.5, unknown_group="item"),
+        )
+    )
+    model = build_mvke(schema, CONFIG)
+    replaced = keras.Model(model.input, [model.get_layer(f"unknown_{group}").output for group in ("user_id", "item")])
+    ones = np.ones(200, "int32")
+    inputs = {
+        **{"user_id": ones, "history": np.ones((200, 2), "int32"), "history_weights": np.ones((200, 2), "float32")},
+        **{"item_id": ones, "popularity": 2 * ones},
+    }
+    user, (item, popularity) = keras.tree.map_structure(ops.convert_to_numpy, replaced(inputs, training=True))
+    np.testing.assert_array_equal(popularity, 2 * item)
+    assert 50 < item.sum() < 150
+    assert 50 < (user == item).sum() < 150
+    user, (item, _) = keras.tree.map_structure(ops.convert_to_numpy, replaced(inputs, training=False))
+    assert user.all() and item.all()
