@@ -126,6 +126,7 @@ class TrainingConfig:
         epochs: Most epochs to train.
         batch_size: Pairs per step.
         learning_rate: Learning rate of the optimizer.
+        learning_rate_decay: Factor by which the learning rate falls after every epoch; 1 keeps it.
         patience: Epochs without a better mean validation AUC after which training stops; 0 never stops early.
         deterministic: Whether the same seed gives the same weights to the last bit; costs speed on a GPU.
         distinct: Whether the towers run once per distinct user state and item of a batch.
@@ -135,6 +136,7 @@ class TrainingConfig:
     epochs: int = 50
     batch_size: int = 256
     learning_rate: float = 1e-3
+    learning_rate_decay: float = 0.7
     patience: int = 3
     deterministic: bool = True
     distinct: bool = False
@@ -144,6 +146,7 @@ class TrainingConfig:
         _check(self, "epochs", self.epochs >= 1, "at least 1")
         _check(self, "batch_size", self.batch_size >= 1, "at least 1")
         _check(self, "learning_rate", self.learning_rate > 0, "positive")
+        _check(self, "learning_rate_decay", 0 < self.learning_rate_decay <= 1, "in (0, 1]")
         _check(self, "patience", self.patience >= 0, "0 or more")
         _check(self, "seed", 0 <= self.seed < 2**31, "in [0, 2**31)")
 

@@ -61,17 +61,20 @@ def set_seed(config: TrainingConfig) -> None:
         tf.config.experimental.enable_op_determinism()
 
 
-def compile_model(model: keras.Model, config: TrainingConfig) -> None:
+def compile_model(model: keras.Model, config: TrainingConfig, steps_per_epoch: int) -> None:
     """Compiles a two-tower model: Adam, the sum over tasks of the mean sigmoid cross entropy, AUC per task."""
     tasks = task_names(model)
+    learning_rate = keras.optimizers.schedules.ExponentialDecay(
+        config.learning_rate, steps_per_epoch, config.learning_rate_decay, staircase=True
+    )
     model.compile(
-        optimizer=keras.optimizers.Adam(config.learning_rate),
+        optimizer=keras.optimizers.Adam(learning_rate),
         loss={task: keras.losses.BinaryCrossentropy(from_logits=True) for task in tasks},
         metrics={task: [keras.metrics.AUC(from_logits=True, name="auc")] for task in tasks},
     )
 
 
-def build_training_model(config: RunConfig, schema: Schema) -> tuple[keras.Model, keras.Model]:
+def build_training_model(config: RunConfig, schema: Schema, steps_per_epoch: int) -> tuple[keras.Model, keras.Model]:
     """The model to checkpoint, and the compiled model to train, which share their weights.
 
     The first stays uncompiled, so that checkpoints are free of optimizer state; the second is its `distinct_model` if
@@ -79,7 +82,7 @@ def build_training_model(config: RunConfig, schema: Schema) -> tuple[keras.Model
     """
     plain = build_model(config.model.name, schema.with_tasks(Task(name) for name in config.model.tasks), config.model)
     model = distinct_model(plain) if config.training.distinct else keras.Model(plain.input, plain.output)
-    compile_model(model, config.training)
+    compile_model(model, config.training, steps_per_epoch)
     return plain, model
 
 
@@ -197,11 +200,11 @@ def train_run(run: Run, report: Callable[[str], object] = print) -> Result:
     report(f"Run: {run.folder}   (follow it: tensorboard --logdir {run.folder.parent})")
     config = run.config.training
     set_seed(config)
-    plain, model = build_training_model(run.config, run.prepared.schema)
-    history = run.restore_state(model)
-    finished = len(history)
     tasks = run.config.model.tasks
     training = Batches(run.prepared.part("train", tasks), config.batch_size, config.distinct, DISTINCT_MULTIPLE)
+    plain, model = build_training_model(run.config, run.prepared.schema, training.steps)
+    history = run.restore_state(model)
+    finished = len(history)
     validation = Batches(run.prepared.part("validation", tasks), EVALUATION_BATCH, config.distinct, DISTINCT_MULTIPLE)
     report(
         f"{plain.name}: {plain.count_params():,} parameters, {len(training.data):,} training pairs in "

@@ -48,7 +48,7 @@ def test_load_model_says_that_a_checkpoint_is_damaged(tiny_run):
 
 
 def test_state_round_trip(tiny_run):
-    _, model = build_training_model(tiny_run.config, tiny_run.prepared.schema)
+    _, model = build_training_model(tiny_run.config, tiny_run.prepared.schema, steps_per_epoch=1)
     model.optimizer.build(model.trainable_variables)
     variables = [*model.variables, *model.optimizer.variables]
     assert tiny_run.restore_state(model) == []
@@ -65,7 +65,7 @@ def test_state_round_trip(tiny_run):
 
 
 def test_a_damaged_state_is_an_error(tiny_run):
-    _, model = build_training_model(tiny_run.config, tiny_run.prepared.schema)
+    _, model = build_training_model(tiny_run.config, tiny_run.prepared.schema, steps_per_epoch=1)
     tiny_run.state_file.write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(RunError, match=r"state\.npz is damaged"):
         tiny_run.restore_state(model)

@@ -71,7 +71,7 @@ def test_train_learns_and_keeps_the_best_checkpoint(new_run):
     run = Run.open(result.run.checkpoint)
     validation = run.prepared.part("validation")
     best = run.load_model()
-    _, fresh = build_training_model(run.config, run.prepared.schema)
+    _, fresh = build_training_model(run.config, run.prepared.schema, steps_per_epoch=1)
     fresh.set_weights(best.get_weights())
     logs = fresh.evaluate(Batches(validation, 4096).in_order(), return_dict=True, verbose=0)
     assert np.mean([logs["ctr_auc"], logs["cvr_auc"]]) == pytest.approx(max(aucs), abs=1e-6)
@@ -271,3 +271,14 @@ def test_train_script_refuses_bad_arguments(tmp_path, options, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_learning_rate_falls_after_every_epoch(tiny_run):
+    settings = dataclasses.replace(TRAINING, learning_rate=0.5, learning_rate_decay=0.1)
+    config = dataclasses.replace(tiny_run.config, training=settings)
+    _, model = build_training_model(config, tiny_run.prepared.schema, steps_per_epoch=3)
+    rates = []
+    for step in (0, 2, 3, 5, 6):
+        model.optimizer.iterations.assign(step)
+        rates.append(float(model.optimizer.learning_rate))
+    assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005])
