@@ -1,5 +1,10 @@
-# make train   from nothing to a trained, evaluated and exported model
-# make test    lint and all tests
+# make train        from nothing to a trained, evaluated and exported model; MODEL, EPOCHS, BATCH_SIZE, SEED, RUN, ARGS
+# make test         lint and all tests
+# make data         obtain and prepare MovieLens-100K
+# make tensorboard  follow the runs
+# make lint         ruff; `make format` mends what it can
+# make setup        the virtual environment .venv; PYTHON=python3.12 chooses the interpreter
+# make clean        remove .venv
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +24,7 @@ export PYTHONUNBUFFERED = 1
 
 .PHONY: help setup data train test lint format tensorboard clean
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '/^# make/s/^# //p' Makefile
 
 setup: $(VENV)/.installed
 $(VENV)/.installed: $(REQUIREMENTS) requirements-cpu.txt pyproject.toml
@@ -35,7 +40,7 @@ data: setup
 	$(PY) scripts/preprocess_data.py
 
 train: data
-	@# An interrupted run of this name goes on with its own settings.
+	$(if $(wildcard runs/$(RUN)/config.json),@echo "runs/$(RUN) is there: it goes on with the settings it was made with")
 	$(PY) scripts/train.py $(if $(wildcard runs/$(RUN)/config.json),--resume runs/$(RUN),\
 		--model $(MODEL) --epochs $(EPOCHS) --batch_size $(BATCH_SIZE) --seed $(SEED) --run_name $(RUN) $(ARGS))
 	$(PY) scripts/export.py --checkpoint_path runs/$(RUN)

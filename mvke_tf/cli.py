@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mvke_tf.config import SECTIONS, RunConfig
+from mvke_tf.config import CHOICES, SECTIONS, RunConfig
 
 DEBUG = "MVKE_DEBUG"
 
@@ -93,6 +93,8 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
                 options |= {"nargs": "+", "type": type(field.default[0])}
             else:
                 options["type"] = type(field.default)
+            if (section, field.name) in CHOICES:
+                options["choices"] = CHOICES[section, field.name]
             group.add_argument(f"--{_FLAGS.get((section, field.name), field.name)}", **options)
 
 

@@ -7,6 +7,18 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+PROTOCOLS = ("impressions", "ratings")
+SPLITS = ("temporal", "random", "per_user")
+TASKS = ("ctr", "cvr")
+MODEL_NAMES = ("mvke", "mmoe", "cgc", "ple", "shared_bottom", "hard_sharing", "single_task")
+# What a command line can choose from, by section and setting.
+CHOICES = {
+    ("data", "protocol"): PROTOCOLS,
+    ("data", "split"): SPLITS,
+    ("model", "name"): MODEL_NAMES,
+    ("model", "tasks"): TASKS,
+}
+
 
 def from_dict(cls: type[T], values: Any) -> T:
     """Builds a settings dataclass from a dictionary, such as JSON gives.
@@ -62,8 +74,8 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, "protocol", self.protocol in ("impressions", "ratings"), "'impressions' or 'ratings'")
-        _check(self, "split", self.split in ("temporal", "random", "per_user"), "'temporal', 'random' or 'per_user'")
+        _check(self, "protocol", self.protocol in PROTOCOLS, f"one of {PROTOCOLS}")
+        _check(self, "split", self.split in SPLITS, f"one of {SPLITS}")
         _check(self, "neg_ratio", self.neg_ratio >= 0, "0 or more")
         _check(self, "unknown_rate", 0 <= self.unknown_rate <= 1, "in [0, 1]")
         _check(self, "unknown_user_rate", 0 <= self.unknown_user_rate <= 1, "in [0, 1]")
@@ -76,7 +88,7 @@ class ModelConfig:
     """The shape of a model.
 
     Args:
-        name: Name of the model, one of `mvke_tf.models.MODELS`.
+        name: Name of the model.
         tasks: Names of the tasks that it learns.
         embedding_dim: Width D of field embeddings, virtual kernels and tags.
         hidden_dims: Widths of the hidden layers of every expert and of every tag tower.
@@ -106,7 +118,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
-        _check(self, "tasks", self.tasks and set(self.tasks) <= {"ctr", "cvr"}, "one or both of 'ctr' and 'cvr'")
+        _check(self, "tasks", self.tasks and set(self.tasks) <= set(TASKS), f"some of {TASKS}")
         _check(self, "embedding_dim", self.embedding_dim >= 1, "at least 1")
         _check(self, "hidden_dims", all(width >= 1 for width in self.hidden_dims), "positive widths")
         _check(self, "num_virtual_kernels", self.num_virtual_kernels >= 1, "at least 1")

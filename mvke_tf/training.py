@@ -178,7 +178,7 @@ def train(
         ValueError: If the model is unknown (`ValueError`), the data cannot be used (`DataError`), the run exists
             (`RunError`), or the loss becomes NaN or infinite (`TrainingError`).
     """
-    check_model(config.model.name)
+    check_model(config.model.name, len(config.model.tasks))
     name = run_name or f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     prepared = prepare_movielens(data_dir, config.data, report=report)
     return train_run(Run.create(runs_dir / name, config, prepared), report)

@@ -34,8 +34,8 @@ def test_is_frozen():
 @pytest.mark.parametrize(
     ("section", "name", "value", "expected"),
     [
-        (DataConfig, "protocol", "clicks", "'impressions' or 'ratings'. Received: 'clicks'"),
-        (DataConfig, "split", "weekly", "'temporal', 'random' or 'per_user'. Received: 'weekly'"),
+        (DataConfig, "protocol", "clicks", r"one of \('impressions', 'ratings'\). Received: 'clicks'"),
+        (DataConfig, "split", "weekly", r"one of \('temporal', 'random', 'per_user'\). Received: 'weekly'"),
         (DataConfig, "neg_ratio", -1, "0 or more. Received: -1"),
         (DataConfig, "history_length", 0, "at least 1. Received: 0"),
         (DataConfig, "seed", -1, "0 or more. Received: -1"),

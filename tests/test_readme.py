@@ -46,7 +46,7 @@ def test_own_schema():
 def test_train(small_data):
     names = {}
     exec(SNIPPETS[2], names)
-    assert names["result"].run.checkpoint == Path("runs/mine/best.keras")
+    assert names["result"].run.checkpoint == Path("runs/from_python/best.keras")
     assert 0 < names["report"]["test"]["ctr"]["auc"] < 1
 
 

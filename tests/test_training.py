@@ -257,7 +257,8 @@ def test_train_script_end_to_end(tiny_run_template, tmp_path):
     [
         (["--batch_size", "0"], "TrainingConfig.batch_size must be at least 1"),
         (["--epochs", "many"], "invalid int value"),
-        (["--model", "mvk"], "Unknown model"),
+        (["--model", "mvk"], "invalid choice: 'mvk'"),
+        (["--model", "single_task"], "one task at a time, for example --tasks ctr"),
         (["--resume", "nowhere"], "There is no run at nowhere"),
         (["--resume", "nowhere", "--epochs", "50"], "leave the other settings out"),
         (["--config", "nowhere.json"], "--config needs a JSON file"),

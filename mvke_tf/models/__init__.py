@@ -23,14 +23,16 @@ MODELS: dict[str, Callable[[Schema, ModelConfig], keras.Model]] = {
 }
 
 
-def check_model(name: str) -> None:
-    """Does nothing if there is a model of this name.
+def check_model(name: str, num_tasks: int | None = None) -> None:
+    """Does nothing if there is a model of this name, for so many tasks.
 
     Raises:
-        ValueError: If there is none; the message lists those there are.
+        ValueError: If there is none; the message says what there is.
     """
     if name not in MODELS:
         raise ValueError(f"Unknown model. Expected one of {sorted(MODELS)}. Received: {name!r}")
+    if name == "single_task" and num_tasks not in (None, 1):
+        raise ValueError(f"single_task learns one task at a time, for example --tasks ctr. Received: {num_tasks} tasks")
 
 
 def build_model(name: str, schema: Schema, config: ModelConfig | None = None) -> keras.Model:
@@ -39,5 +41,5 @@ def build_model(name: str, schema: Schema, config: ModelConfig | None = None) ->
     Raises:
         ValueError: If there is no such model.
     """
-    check_model(name)
+    check_model(name, len(schema.tasks))
     return MODELS[name](schema, config or ModelConfig(name=name))

@@ -65,14 +65,5 @@ def build_hard_sharing(schema: Schema, config: ModelConfig | None = None) -> ker
 
 
 def build_single_task(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
-    """A model of one task, with one MLP per side, `{feature: tensor} -> {task: logit (B, 1)}`.
-
-    Raises:
-        ValueError: If the schema has several tasks.
-    """
-    if len(schema.tasks) > 1:
-        raise ValueError(
-            f"single_task learns one task at a time, for example --tasks {schema.tasks[0].name}. "
-            f"Received: {list(schema.task_names)}"
-        )
+    """A model of one task, with one MLP per side, `{feature: tensor} -> {task: logit (B, 1)}`."""
     return build_two_tower(schema, config or ModelConfig(name="single_task"), hard_sharing_towers)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from mvke_tf.config import MODEL_NAMES
 from mvke_tf.layers import Experts
 from mvke_tf.models import MODELS, build_model
 from mvke_tf.models.mmoe import cgc_experts
@@ -178,10 +179,14 @@ def test_errors(name, settings, message):
 
 
 def test_single_task_refuses_several():
-    with pytest.raises(ValueError, match=r"one task at a time, for example --tasks ctr"):
+    with pytest.raises(ValueError, match=r"one task at a time, for example --tasks ctr. Received: 2 tasks"):
         build_model("single_task", SCHEMA, CONFIG)
 
 
 def test_an_expert_that_does_not_exist():
     with pytest.raises(ValueError, match=r"Expected indices below 5. Received: \(0, 5\)"):
         build("mmoe", SCHEMA.with_tasks([Task("ctr", experts=(0, 5))]))
+
+
+def test_the_names_of_command_lines_are_the_models():
+    assert set(MODEL_NAMES) == set(MODELS)
