@@ -114,7 +114,7 @@ def check_graph(golden: Golden) -> None:
     inputs = symbolic_inputs(golden)
     user_vectors, item_vectors = towers(inputs["u"], inputs["t"], tasks, config)
     logits = score(user_vectors, item_vectors)
-    parts = keras.Model(inputs, logits)
+    parts = keras.Model({name: inputs[name] for name in ("u", "t")}, logits)
     outputs = {"loss": 0.0}
     for name in names:
         if towers is mvke_towers:
@@ -125,8 +125,10 @@ def check_graph(golden: Golden) -> None:
         outputs["user/" + name] = user_vectors[name]
         outputs["score/" + name] = ops.sigmoid(logits[name])
         outputs["loss"] += ops.mean(ops.binary_crossentropy(inputs[labels[name]], logits[name], from_logits=True))
-    model = keras.Model(inputs, outputs)
-    check_golden(golden, model, model.trainable_variables)
+    # A graph of one task reads one of the labels; some versions of Keras refuse an input that nothing reads.
+    used = ["u", "t", *labels.values()]
+    model = keras.Model({name: inputs[name] for name in used}, outputs)
+    check_golden(golden, lambda arrays: model({name: arrays[name] for name in used}), model.trainable_variables)
 
 
 GRAPHS = {
