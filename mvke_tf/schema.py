@@ -74,6 +74,12 @@ class Task:
     Args:
         name: Name of the model output and of the label.
         kind: `"binary"` (label 0 or 1) or `"regression"`.
+        given: Name of the binary task whose event must come first, as a click before a conversion. The model then
+            learns p(task given that event) and puts out p(event) · p(task given the event), ESMM's idea (Ma et al.,
+            SIGIR 2018).
+        offset: Regression only: what the model adds to its inner product, for example the mean label, so that training
+            starts from there.
+        domain: Regression only: the lowest and the highest legal label; any by default.
         kernels: Indices of the virtual kernels that this task may select (MVKE), for example
             `(0, 1, 2)`. By default they follow `mvke_tf.models.mvke.default_kernels`.
         experts: Indices of the experts that this task sees (MMoE, CGC), for example `(0, 1, 2, 3, 4, 5)`; by default
@@ -82,13 +88,23 @@ class Task:
 
     name: str
     kind: str = "binary"
+    given: str | None = None
+    offset: float = 0.0
+    domain: tuple[float, float] | None = None
     kernels: tuple[int, ...] | None = None
     experts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
             raise ValueError(f"Task {self.name!r}: `kind` must be one of {TASK_KINDS}. Received: {self.kind!r}")
-        for name in ("kernels", "experts"):
+        if self.kind == "regression" and self.given is not None:
+            raise ValueError(f"Task {self.name!r}: `given` is for binary tasks. Received: {self.given!r}")
+        if self.kind == "binary" and (self.offset or self.domain is not None):
+            raise ValueError(
+                f"Task {self.name!r}: `offset` and `domain` are for regression tasks. "
+                f"Received: offset={self.offset}, domain={self.domain}"
+            )
+        for name in ("kernels", "experts", "domain"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -121,6 +137,13 @@ class Schema:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         _check_unique("feature", (feature.name for feature in self.features))
         _check_unique("task", (task.name for task in self.tasks))
+        for number, task in enumerate(self.tasks):
+            earlier = [other.name for other in self.tasks[:number] if other.kind == "binary"]
+            if task.given is not None and task.given not in earlier:
+                raise ValueError(
+                    f"Task {task.name!r}: `given` must name a binary task before it, one of {earlier}. "
+                    f"Received: {task.given!r}"
+                )
         if not self.tasks:
             raise ValueError("A schema needs at least one task. Received: no task")
         for tower in TOWERS:

@@ -113,7 +113,7 @@ def check_graph(golden: Golden) -> None:
 
     inputs = symbolic_inputs(golden)
     user_vectors, item_vectors = towers(inputs["u"], inputs["t"], tasks, config)
-    logits = score(user_vectors, item_vectors)
+    logits = score(user_vectors, item_vectors, tasks)
     parts = keras.Model({name: inputs[name] for name in ("u", "t")}, logits)
     outputs = {"loss": 0.0}
     for name in names:

@@ -107,3 +107,23 @@ def test_rejects_unknown_settings():
     values["features"][0]["size"] = 3
     with pytest.raises(ValueError, match=r"Feature has no setting \['size'\]. Known settings: "):
         Schema.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"kind": "regression", "given": "ctr"}, "`given` is for binary tasks"),
+        ({"offset": 1.0}, "`offset` and `domain` are for regression tasks"),
+        ({"domain": (0, 1)}, "`offset` and `domain` are for regression tasks"),
+    ],
+)
+def test_settings_of_another_kind_of_task(task, message):
+    with pytest.raises(ValueError, match=message):
+        Task("x", **task)
+
+
+@pytest.mark.parametrize("given", ["buy", "rating", "later"])
+def test_given_names_an_earlier_binary_task(given):
+    tasks = [Task("click"), Task("rating", "regression"), Task("buy", given=given), Task("later")]
+    with pytest.raises(ValueError, match=rf"one of \['click'\]. Received: '{given}'"):
+        Schema((USER, ITEM), tasks)

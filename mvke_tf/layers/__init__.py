@@ -3,7 +3,7 @@
 from mvke_tf.layers.embedding import FieldEmbedding, ReplaceByUnknown
 from mvke_tf.layers.experts import Experts, SelectExperts
 from mvke_tf.layers.gates import ExpertGate, MixExperts, VirtualKernelGate
-from mvke_tf.layers.rows import GatherRows, RowDot
+from mvke_tf.layers.rows import GatherRows, JointLogit, RegressionHead, RowDot
 from mvke_tf.layers.virtual_kernels import VirtualKernelAttention, VirtualKernels
 
 __all__ = [
@@ -11,7 +11,9 @@ __all__ = [
     "Experts",
     "FieldEmbedding",
     "GatherRows",
+    "JointLogit",
     "MixExperts",
+    "RegressionHead",
     "ReplaceByUnknown",
     "RowDot",
     "SelectExperts",

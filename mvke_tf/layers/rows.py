@@ -1,6 +1,8 @@
-"""Row-wise operations of the scoring head that every two-tower model shares."""
+"""Row-wise operations of the scoring heads that every two-tower model shares."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import keras
 from keras import ops
@@ -39,8 +41,89 @@ class RowDot(keras.layers.Layer):
     def call(self, user, item):
         return ops.sum(user * item, axis=-1, keepdims=True)
 
+    def from_product(self, product):
+        """The output for an inner product, elementwise: what exact scoring of all pairs by one matrix product needs."""
+        return product
+
     def compute_output_shape(self, user_shape, item_shape):
         return (user_shape[0], 1)
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class RegressionHead(RowDot):
+    """The value of a regression task: the inner product of user and item vector plus a constant.
+
+    Args:
+        offset: The constant, for example the mean label.
+
+    Call arguments:
+        user: User vectors `(B, W)`.
+        item: Item vectors `(B, W)`.
+
+    Returns:
+        Values `(B, 1)`, in the unit of the label.
+
+    Example:
+
+    >>> RegressionHead(offset=3.5)(np.zeros((1, 3)), np.ones((1, 3)))
+    <tf.Tensor: shape=(1, 1), dtype=float32, numpy=array([[3.5]], dtype=float32)>
+    """
+
+    def __init__(self, offset: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.offset = float(offset)
+
+    def call(self, user, item):
+        return self.from_product(super().call(user, item))
+
+    def from_product(self, product):
+        return product + self.offset
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "offset": self.offset}
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class JointLogit(keras.layers.Layer):
+    """The logit of two events in a row: `logit(p(first) p(second given first))`, elementwise and without overflow.
+
+    Args:
+        given: Name of the task of the first event; `call` does not read it, those who look at a model do.
+
+    Call arguments:
+        first: Logits of the first event, of any shape.
+        second: Logits of the second event given the first, of the same shape.
+
+    Returns:
+        Logits of both events, of that shape.
+
+    Example:
+
+    >>> joint = JointLogit("click")(np.zeros((1, 1)), np.zeros((1, 1)))
+    >>> round(float(joint[0, 0]), 4)  # ln(0.25 / 0.75)
+    -1.0986
+
+    Reference: Ma et al., SIGIR 2018, equation 2 (ESMM).
+    """
+
+    def __init__(self, given: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.given = given
+
+    def build(self, first_shape, second_shape) -> None:
+        super().build(first_shape)
+
+    def call(self, first, second):
+        both = -ops.softplus(-first) - ops.softplus(-second)
+        # Not both: no first event, or a first without a second one.
+        neither = ops.logaddexp(-ops.softplus(first), -ops.softplus(-first) - ops.softplus(second))
+        return both - neither
+
+    def compute_output_shape(self, first_shape, second_shape):
+        return tuple(first_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "given": self.given}
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")

@@ -1,24 +1,37 @@
 """What all two-tower models share: field embeddings, the scoring head, and cutting towers out of a model.
 
 A model file builds two towers and nothing else. Every logit is the inner product of a vector that depends on the
-user alone and one that depends on the item alone.
+user alone and one that depends on the item alone. (With `Task(given=...)`, that is the logit of the task given the
+event before it; with a regression task, the value less a constant.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
 from mvke_tf.config import ModelConfig
-from mvke_tf.layers import Experts, FieldEmbedding, GatherRows, ReplaceByUnknown, RowDot, SelectExperts
+from mvke_tf.layers import (
+    Experts,
+    FieldEmbedding,
+    GatherRows,
+    JointLogit,
+    RegressionHead,
+    ReplaceByUnknown,
+    RowDot,
+    SelectExperts,
+)
 from mvke_tf.schema import ITEM_ROWS, USER_ROWS, WEIGHTS_SUFFIX, Feature, Schema, Task
 
 Vectors = dict[str, Any]
 Towers = Callable[[Any, Any, Sequence[Task], ModelConfig], tuple[Vectors, Vectors]]
 
 USER_VECTOR, ITEM_VECTOR = "user_vector_{task}", "item_vector_{task}"
+# The head of a task that another task's event comes before.
+CONDITIONAL = "{task}_given_{given}"
 
 
 def feature_inputs(features: Sequence[Feature]) -> dict[str, Any]:
@@ -99,9 +112,34 @@ def _per_task_networks(fields: Any, tasks: Sequence[Task], config: ModelConfig, 
     }
 
 
-def score(user_vectors: Vectors, item_vectors: Vectors) -> dict[str, Any]:
-    """The scoring head: logits `{task: (B, 1)}`, float32 under every dtype policy."""
-    return {task: RowDot(name=task, dtype="float32")(user_vectors[task], item_vectors[task]) for task in user_vectors}
+def score(user_vectors: Vectors, item_vectors: Vectors, tasks: Sequence[Task]) -> dict[str, Any]:
+    """The scoring heads: logits, or values of regression tasks, `{task: (B, 1)}`, float32 under every dtype policy."""
+    layers: dict[str, keras.Layer] = {}
+    for task in tasks:
+        if task.kind == "regression":
+            layers[task.name] = RegressionHead(task.offset, name=task.name, dtype="float32")
+        elif task.given is None:
+            layers[task.name] = RowDot(name=task.name, dtype="float32")
+        else:
+            conditional = CONDITIONAL.format(task=task.name, given=task.given)
+            layers[conditional] = RowDot(name=conditional, dtype="float32")
+            layers[task.name] = JointLogit(task.given, name=task.name, dtype="float32")
+    return _through_heads(layers, [task.name for task in tasks], lambda head, t: head(user_vectors[t], item_vectors[t]))
+
+
+def _through_heads(
+    layers: Mapping[str, keras.Layer], tasks: Sequence[str], product: Callable[[RowDot, str], Any]
+) -> dict[str, Any]:
+    """Outputs of all tasks, where `product` applies the head of one task to whatever its vectors are."""
+    outputs: dict[str, Any] = {}
+    for task in tasks:
+        head = layers[task]
+        if isinstance(head, JointLogit):
+            conditional = product(layers[CONDITIONAL.format(task=task, given=head.given)], task)
+            outputs[task] = head(outputs[head.given], conditional)
+        else:
+            outputs[task] = product(head, task)
+    return outputs
 
 
 def build_two_tower(schema: Schema, config: ModelConfig, towers: Towers) -> keras.Model:
@@ -116,7 +154,7 @@ def build_two_tower(schema: Schema, config: ModelConfig, towers: Towers) -> kera
     inputs = feature_inputs(schema.features)
     fields = embed_fields(schema, config, inputs)
     user_vectors, item_vectors = towers(fields["user"], fields["item"], schema.tasks, config)
-    return keras.Model(inputs, score(user_vectors, item_vectors), name=config.name)
+    return keras.Model(inputs, score(user_vectors, item_vectors, schema.tasks), name=config.name)
 
 
 def task_names(model: keras.Model) -> list[str]:
@@ -133,6 +171,54 @@ def task_names(model: keras.Model) -> list[str]:
             f"Received: {model.name!r} with layers {sorted(layers)}"
         )
     return names
+
+
+def task_kinds(model: keras.Model) -> dict[str, str]:
+    """`{task: "binary" or "regression"}` of a two-tower model: whether an output is a logit or a value."""
+    return {
+        task: "regression" if isinstance(model.get_layer(task), RegressionHead) else "binary"
+        for task in task_names(model)
+    }
+
+
+def conditional_tasks(model: keras.Model) -> dict[str, str]:
+    """`{task: task whose event comes before it}` of the tasks built with `Task(given=...)`."""
+    heads = {task: model.get_layer(task) for task in task_names(model)}
+    return {task: head.given for task, head in heads.items() if isinstance(head, JointLogit)}
+
+
+def conditional_model(model: keras.Model) -> keras.Model:
+    """The logits given the event before, `{feature: tensor} -> {task: (B, 1)}`, of the tasks of `conditional_tasks`.
+
+    Raises:
+        ValueError: If there is no such task.
+    """
+    given = conditional_tasks(model)
+    if not given:
+        raise ValueError(f"No task of {model.name!r} was built with `Task(given=...)`. Tasks: {task_names(model)}")
+    outputs = {task: model.get_layer(CONDITIONAL.format(task=task, given=of)).output for task, of in given.items()}
+    return cut(model, outputs, name="conditional")
+
+
+def outputs_of_products(model: keras.Model, products: Mapping[str, Any]) -> dict[str, Any]:
+    """The outputs of a two-tower model for given inner products of its user and item vectors, elementwise.
+
+    Args:
+        model: A built or loaded two-tower model.
+        products: `{task: tensor}` of all tasks, of any one shape, for example `users @ items.T`.
+
+    Returns:
+        `{task: tensor}` of that shape: logits of binary tasks (joint ones of the tasks of `conditional_tasks`), values
+        of regression tasks.
+    """
+    layers = {layer.name: layer for layer in model.layers}
+    return _through_heads(layers, task_names(model), lambda head, task: head.from_product(products[task]))
+
+
+def predictions(model: keras.Model, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Probabilities of binary tasks and values of regression tasks from the outputs of a two-tower model."""
+    kinds = task_kinds(model)
+    return {task: ops.sigmoid(output) if kinds[task] == "binary" else output for task, output in outputs.items()}
 
 
 def cut(model: keras.Model, outputs: Any, name: str) -> keras.Model:
@@ -204,5 +290,8 @@ def distinct_model(model: keras.Model) -> keras.Model:
         vectors[side] = {
             task: GatherRows(name=f"{side}_rows_{task}")(vector, rows[name]) for task, vector in part.output.items()
         }
-    logits = {task: model.get_layer(task)(vectors["user"][task], vectors["item"][task]) for task in task_names(model)}
-    return keras.Model({**user.input, **item.input, **rows}, logits, name=f"{model.name}_distinct")
+    layers = {layer.name: layer for layer in model.layers}
+    outputs = _through_heads(
+        layers, task_names(model), lambda head, task: head(vectors["user"][task], vectors["item"][task])
+    )
+    return keras.Model({**user.input, **item.input, **rows}, outputs, name=f"{model.name}_distinct")

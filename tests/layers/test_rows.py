@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from mvke_tf.layers import GatherRows, RowDot
+from mvke_tf.layers import GatherRows, JointLogit, RegressionHead, RowDot
 from tests.layer_checks import BATCH, assert_close, check_layer, loss_and_gradients
 
 VECTORS = np.random.default_rng(0).normal(size=(BATCH, 4)).astype("float32")
@@ -20,6 +20,39 @@ def test_row_dot_by_hand():
 def test_row_dot_rejects_other_widths():
     with pytest.raises(ValueError, match=r"need the same width. Received: \(6, 4\) and \(6, 3\)"):
         RowDot()(VECTORS, VECTORS[:, :3])
+
+
+def test_regression_head_layer(tmp_path):
+    check_layer(RegressionHead(offset=3.5), [VECTORS, VECTORS[::-1].copy()], {}, tmp_path)
+
+
+def test_regression_head_by_hand():
+    head = RegressionHead(offset=0.5)
+    assert_close(head(np.array([[1.0, 2.0]]), np.array([[4.0, 5.0]])), [[14.5]])
+    assert_close(head.from_product(np.array([[1.0, -1.0]])), [[1.5, -0.5]])
+
+
+def test_joint_logit_layer(tmp_path):
+    check_layer(JointLogit("click"), [VECTORS[:, :1].copy(), VECTORS[:, 1:2].copy()], {}, tmp_path)
+
+
+def test_joint_logit_is_the_logit_of_the_product():
+    first, second = np.meshgrid(np.linspace(-6, 6, 7), np.linspace(-6, 6, 7))
+    both = 1 / (1 + np.exp(-first)) / (1 + np.exp(-second))
+    assert_close(JointLogit("click")(first.astype("float32"), second.astype("float32")), np.log(both / (1 - both)))
+
+
+def test_joint_logit_of_extreme_logits_is_finite_and_so_are_its_gradients():
+    def function(arrays):
+        outputs = JointLogit("click")(arrays["first"], arrays["second"])
+        return ops.sum(outputs), outputs
+
+    extremes = np.array([-200.0, 200.0], "float32")
+    arrays = {"first": np.repeat(extremes, 2), "second": np.tile(extremes, 2)}
+    _, outputs, gradients, _ = loss_and_gradients(function, arrays)
+    assert_close(outputs, [-400.0, -200.0, -200.0, 200.0 - np.log(2.0)])
+    assert_close(gradients["first"], [1.0, 1.0, 0.0, 0.5])
+    assert_close(gradients["second"], [1.0, 0.0, 1.0, 0.5])
 
 
 def test_gather_rows_layer(tmp_path):

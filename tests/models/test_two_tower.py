@@ -1,12 +1,28 @@
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from mvke_tf.layers import FieldEmbedding
+from mvke_tf.models import MODELS, build_model
 from mvke_tf.models.mvke import build_mvke
-from mvke_tf.models.two_tower import cut, distinct_model, embed_fields, feature_inputs, score, task_names, tower
-from mvke_tf.schema import Feature, Schema
+from mvke_tf.models.two_tower import (
+    conditional_model,
+    conditional_tasks,
+    cut,
+    distinct_model,
+    embed_fields,
+    feature_inputs,
+    outputs_of_products,
+    predictions,
+    score,
+    task_kinds,
+    task_names,
+    tower,
+)
+from mvke_tf.schema import Feature, Schema, Task
 from tests.layer_checks import assert_close
 from tests.models.problems import (
     CONFIG,
@@ -16,6 +32,7 @@ from tests.models.problems import (
     SCHEMA,
     USERS,
     numpy_outputs,
+    randomize,
     task_losses_and_gradients,
 )
 
@@ -89,7 +106,7 @@ def test_the_distinct_model_has_the_same_losses_and_gradients(model):
 
 def test_scores_are_float32_in_mixed_precision():
     symbols = {"ctr": keras.Input((3,), dtype="bfloat16")}
-    logit = score(symbols, symbols)["ctr"]
+    logit = score(symbols, symbols, [Task("ctr")])["ctr"]
     assert (logit.shape, logit.dtype, logit._keras_history.operation.name) == ((None, 1), "float32", "ctr")
 
 
@@ -135,3 +152,50 @@ def test_features_of_a_group_become_unknown_together_and_others_alone():
     assert 50 < (user == item).sum() < 150
     user, (item, _) = keras.tree.map_structure(ops.convert_to_numpy, replaced(inputs, training=False))
     assert user.all() and item.all()
+
+
+CHAIN = (
+    Task("click"),
+    Task("buy", given="click"),
+    Task("rating", "regression", offset=3.5, domain=(1, 5)),
+)
+
+
+@pytest.fixture(scope="module", params=sorted(set(MODELS) - {"single_task"}))
+def chain_model(request, tmp_path_factory) -> keras.Model:
+    """Every model with a conditional task and a regression task, after a round trip through a `.keras` file."""
+    settings = dataclasses.replace(CONFIG, name=request.param, num_experts=5)
+    path = tmp_path_factory.mktemp("chain") / "model.keras"
+    built = randomize(build_model(request.param, SCHEMA.with_tasks(CHAIN), settings))
+    built.save(path)
+    loaded = keras.saving.load_model(path)
+    for task, output in numpy_outputs(built, PAIRS).items():
+        assert_close(numpy_outputs(loaded, PAIRS)[task], output)
+    return loaded
+
+
+def test_a_conditional_and_a_regression_task(chain_model):
+    assert task_kinds(chain_model) == {"click": "binary", "buy": "binary", "rating": "regression"}
+    assert conditional_tasks(chain_model) == {"buy": "click"}
+    users = numpy_outputs(tower(chain_model, "user"), {name: PAIRS[name] for name in SCHEMA.inputs("user")})
+    items = numpy_outputs(tower(chain_model, "item"), {name: PAIRS[name] for name in SCHEMA.inputs("item")})
+    dots = {task: np.sum(users[task] * items[task], axis=1, keepdims=True) for task in users}
+    outputs = numpy_outputs(chain_model, PAIRS)
+    assert_close(outputs["click"], dots["click"])
+    assert_close(outputs["rating"], 3.5 + dots["rating"])
+    assert_close(numpy_outputs(conditional_model(chain_model), PAIRS)["buy"], dots["buy"])
+    probabilities = keras.tree.map_structure(ops.convert_to_numpy, predictions(chain_model, outputs))
+    expected = 1 / (1 + np.exp(-dots["click"].astype("float64"))) / (1 + np.exp(-dots["buy"].astype("float64")))
+    assert_close(probabilities["buy"], expected)
+    assert_close(probabilities["rating"], outputs["rating"])
+    again = keras.tree.map_structure(ops.convert_to_numpy, outputs_of_products(chain_model, dots))
+    distinct = numpy_outputs(distinct_model(chain_model), {**USERS, **ITEMS, **ROWS})
+    for task, output in outputs.items():
+        assert_close(again[task], output)
+        assert_close(distinct[task], output)
+
+
+def test_no_conditional_task(built):
+    assert conditional_tasks(built) == {}
+    with pytest.raises(ValueError, match=r"No task of 'mvke' was built with `Task\(given=...\)`"):
+        conditional_model(built)
