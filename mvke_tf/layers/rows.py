@@ -116,8 +116,9 @@ class JointLogit(keras.layers.Layer):
     def call(self, first, second):
         both = -ops.softplus(-first) - ops.softplus(-second)
         # Not both: no first event, or a first without a second one.
-        neither = ops.logaddexp(-ops.softplus(first), -ops.softplus(-first) - ops.softplus(second))
-        return both - neither
+        ways = [-ops.softplus(first), -ops.softplus(-first) - ops.softplus(second)]
+        # Under TensorFlow, the gradient of `logaddexp` is wrong where its arguments are equal.
+        return both - ops.logsumexp(ops.stack(ways, axis=-1), axis=-1)
 
     def compute_output_shape(self, first_shape, second_shape):
         return tuple(first_shape)
