@@ -37,8 +37,13 @@ def main() -> None:
     path = prepare_movielens(args.data_dir, config.data, report=lambda line: print(line, file=sys.stderr))
     prepared = Prepared.load(path)
     set_seed(config.training)
-    batches = Batches(prepared.part("train"), config.training.batch_size, config.training.distinct, DISTINCT_MULTIPLE)
-    model = build_training_model(config, prepared.schema, batches.steps)[1]
+    batches = Batches(
+        prepared.part("train", config.model.tasks),
+        config.training.batch_size,
+        config.training.distinct,
+        DISTINCT_MULTIPLE,
+    )
+    model = build_training_model(config, prepared.schema_for(config.model), batches.steps)[1]
 
     class Clock(keras.callbacks.Callback):
         """Seconds of each epoch."""

@@ -90,7 +90,7 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
             if isinstance(field.default, bool):
                 options["action"] = argparse.BooleanOptionalAction
             elif isinstance(field.default, tuple):
-                options |= {"nargs": "+", "type": type(field.default[0])}
+                options |= {"nargs": "+", "type": type(field.default[0]) if field.default else float}
             else:
                 options["type"] = type(field.default)
             if (section, field.name) in CHOICES:
@@ -126,9 +126,11 @@ def read_settings(args: argparse.Namespace, config_file: Path | None = None) -> 
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"--config needs a JSON file, such as a run's config.json. Received: {error}") from error
     config = RunConfig.from_dict(values)
-    for section, settings in given_settings(args).items():
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **settings)})
-    return config
+    changed = {
+        section: dataclasses.replace(getattr(config, section), **settings)
+        for section, settings in given_settings(args).items()
+    }
+    return dataclasses.replace(config, **changed)
 
 
 def positive_int(text: str) -> int:

@@ -9,7 +9,11 @@ T = TypeVar("T")
 
 PROTOCOLS = ("impressions", "ratings")
 SPLITS = ("temporal", "random", "per_user")
-TASKS = ("ctr", "cvr")
+TASKS = ("ctr", "cvr", "rating")
+CONVERSIONS = ("impressions", "clicked", "esmm")
+OPTIMIZERS = ("adam", "adamw")
+LOSS_WEIGHTINGS = ("fixed", "uncertainty")
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 MODEL_NAMES = ("mvke", "mmoe", "cgc", "ple", "shared_bottom", "hard_sharing", "single_task")
 # What a command line can choose from, by section and setting.
 CHOICES = {
@@ -17,6 +21,10 @@ CHOICES = {
     ("data", "split"): SPLITS,
     ("model", "name"): MODEL_NAMES,
     ("model", "tasks"): TASKS,
+    ("model", "conversion"): CONVERSIONS,
+    ("training", "optimizer"): OPTIMIZERS,
+    ("training", "loss_weighting"): LOSS_WEIGHTINGS,
+    ("training", "precision"): PRECISIONS,
 }
 
 
@@ -89,7 +97,7 @@ class ModelConfig:
 
     Args:
         name: Name of the model.
-        tasks: Names of the tasks that it learns.
+        tasks: Names of the tasks that it learns: `"ctr"` and `"cvr"` (classification), `"rating"` (regression).
         embedding_dim: Width D of field embeddings, virtual kernels and tags.
         hidden_dims: Widths of the hidden layers of every expert and of every tag tower.
         num_virtual_kernels: Number K of virtual kernels (MVKE).
@@ -100,6 +108,9 @@ class ModelConfig:
         embedding_dropout_rate: Dropout of the field embeddings.
         kernel_stddev: Standard deviation of the first virtual kernels; published: 0.01.
         embedding_stddev: Standard deviation of the first embeddings; published: 0.01.
+        conversion: How CVR is learned: on all impressions as one probability (`"impressions"`), as p(conversion given
+            click) on the clicked rows only (`"clicked"`), or over all impressions as p(click) p(conversion given click)
+            (`"esmm"`). With the latter two, CVR comes out as that product if CTR is a task too.
     """
 
     name: str = "mvke"
@@ -114,11 +125,23 @@ class ModelConfig:
     embedding_dropout_rate: float = 0.2
     kernel_stddev: float = 0.01
     embedding_stddev: float = 0.01
+    conversion: str = "impressions"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
         _check(self, "tasks", self.tasks and set(self.tasks) <= set(TASKS), f"some of {TASKS}")
+        _check(self, "tasks", len(set(self.tasks)) == len(self.tasks), "different from one another")
+        # The product reads the click before the conversion.
+        object.__setattr__(self, "tasks", tuple(task for task in TASKS if task in self.tasks))
+        needed = {"impressions": set(), "clicked": {"cvr"}, "esmm": {"ctr", "cvr"}}
+        _check(self, "conversion", self.conversion in CONVERSIONS, f"one of {CONVERSIONS}")
+        _check(
+            self,
+            "conversion",
+            needed[self.conversion] <= set(self.tasks),
+            f"'impressions' unless the tasks have {sorted(needed[self.conversion])}, and they are {self.tasks}",
+        )
         _check(self, "embedding_dim", self.embedding_dim >= 1, "at least 1")
         _check(self, "hidden_dims", all(width >= 1 for width in self.hidden_dims), "positive widths")
         _check(self, "num_virtual_kernels", self.num_virtual_kernels >= 1, "at least 1")
@@ -138,8 +161,20 @@ class TrainingConfig:
         epochs: Most epochs to train.
         batch_size: Pairs per step.
         learning_rate: Learning rate of the optimizer.
-        learning_rate_decay: Factor by which the learning rate falls after every epoch; 1 keeps it.
-        patience: Epochs without a better mean validation AUC after which training stops; 0 never stops early.
+        optimizer: `"adam"` or `"adamw"`.
+        weight_decay: Decoupled weight decay of AdamW, per step and learning rate.
+        learning_rate_decay: Factor by which the learning rate falls after every step of epochs; 1 keeps it.
+        learning_rate_decay_epochs: Epochs after which the learning rate falls once.
+        clipnorm: Largest global norm of the gradients, to which larger ones are scaled down; 0 clips nothing.
+        accumulation_steps: Batches whose gradients are averaged before the optimizer takes one step.
+        loss_weighting: `"fixed"` sums the losses of the tasks with the task weights; `"uncertainty"` learns one
+            log-variance per task (Kendall et al., CVPR 2018).
+        task_weights: Weight of the loss of each task, in the order ctr, cvr, rating; 1 each by default.
+        precision: `"float32"`, `"mixed_bfloat16"` or `"mixed_float16"` (with loss scaling); weights stay float32.
+        xla: Whether XLA compiles the training step (TensorFlow; JAX always does).
+        steps_per_execution: Batches per call of the compiled training function; more of them save overhead.
+        patience: Epochs without a better validation score after which training stops; 0 never stops early. The score
+            is the mean AUC of the classification tasks, or minus the mean RMSE where there is none.
         deterministic: Whether the same seed gives the same weights to the last bit; costs speed on a GPU.
         distinct: Whether the towers run once per distinct user state and item of a batch.
         seed: Seed of the weights, of dropout and of the order of the pairs.
@@ -148,7 +183,17 @@ class TrainingConfig:
     epochs: int = 50
     batch_size: int = 256
     learning_rate: float = 1e-3
+    optimizer: str = "adam"
+    weight_decay: float = 0.01
     learning_rate_decay: float = 0.7
+    learning_rate_decay_epochs: int = 1
+    clipnorm: float = 0.0
+    accumulation_steps: int = 1
+    loss_weighting: str = "fixed"
+    task_weights: tuple[float, ...] = ()
+    precision: str = "float32"
+    xla: bool = False
+    steps_per_execution: int = 1
     patience: int = 3
     deterministic: bool = True
     distinct: bool = False
@@ -159,6 +204,22 @@ class TrainingConfig:
         _check(self, "batch_size", self.batch_size >= 1, "at least 1")
         _check(self, "learning_rate", self.learning_rate > 0, "positive")
         _check(self, "learning_rate_decay", 0 < self.learning_rate_decay <= 1, "in (0, 1]")
+        object.__setattr__(self, "task_weights", tuple(self.task_weights))
+        _check(self, "optimizer", self.optimizer in OPTIMIZERS, f"one of {OPTIMIZERS}")
+        _check(self, "weight_decay", self.weight_decay >= 0, "0 or more")
+        _check(self, "learning_rate_decay_epochs", self.learning_rate_decay_epochs >= 1, "at least 1")
+        _check(self, "clipnorm", self.clipnorm >= 0, "0 or more")
+        _check(self, "accumulation_steps", self.accumulation_steps >= 1, "at least 1")
+        _check(self, "loss_weighting", self.loss_weighting in LOSS_WEIGHTINGS, f"one of {LOSS_WEIGHTINGS}")
+        _check(self, "task_weights", all(weight >= 0 for weight in self.task_weights), "0 or more each")
+        _check(
+            self,
+            "task_weights",
+            self.loss_weighting == "fixed" or not self.task_weights,
+            "left out where loss_weighting='uncertainty' learns them",
+        )
+        _check(self, "precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
+        _check(self, "steps_per_execution", self.steps_per_execution >= 1, "at least 1")
         _check(self, "patience", self.patience >= 0, "0 or more")
         _check(self, "seed", 0 <= self.seed < 2**31, "in [0, 2**31)")
 
@@ -170,6 +231,11 @@ class RunConfig:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+
+    def __post_init__(self) -> None:
+        weights, tasks = self.training.task_weights, self.model.tasks
+        if weights and len(weights) != len(tasks):
+            raise ValueError(f"`task_weights` needs a weight for each of the tasks {tasks}. Received: {weights}")
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; `RunConfig.from_dict` reads it back."""

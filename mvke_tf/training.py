@@ -7,7 +7,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import numpy as np
 from mvke_tf.config import RunConfig, TrainingConfig
 from mvke_tf.data.dataset import Batches
 from mvke_tf.data.prepared import prepare_movielens
+from mvke_tf.losses import task_losses, uncertainty_layer, with_uncertainty
 from mvke_tf.models import build_model, check_model
-from mvke_tf.models.two_tower import distinct_model, task_names
+from mvke_tf.models.two_tower import task_kinds, training_model
 from mvke_tf.run import History, Run
-from mvke_tf.schema import Schema, Task
+from mvke_tf.schema import Schema
 
 EVALUATION_BATCH = 4096
 # Rows of distinct entities are filled up to a multiple, because every new shape costs a compilation.
@@ -61,39 +63,92 @@ def set_seed(config: TrainingConfig) -> None:
         tf.config.experimental.enable_op_determinism()
 
 
-def compile_model(model: keras.Model, config: TrainingConfig, steps_per_epoch: int) -> None:
-    """Compiles a two-tower model: Adam, the sum over tasks of the mean sigmoid cross entropy, AUC per task."""
-    tasks = task_names(model)
-    learning_rate = keras.optimizers.schedules.ExponentialDecay(
-        config.learning_rate, steps_per_epoch, config.learning_rate_decay, staircase=True
-    )
+def build_optimizer(config: TrainingConfig, steps_per_epoch: int) -> keras.optimizers.Optimizer:
+    """The optimizer of these settings; its learning rate falls in steps of whole epochs of so many batches."""
+    # Keras counts the updates, not the batches.
+    updates = steps_per_epoch * config.learning_rate_decay_epochs / config.accumulation_steps
+    settings: dict[str, Any] = {
+        "learning_rate": keras.optimizers.schedules.ExponentialDecay(
+            config.learning_rate, updates, config.learning_rate_decay, staircase=True
+        ),
+        "global_clipnorm": config.clipnorm or None,
+        "gradient_accumulation_steps": config.accumulation_steps if config.accumulation_steps > 1 else None,
+    }
+    if config.optimizer == "adamw":
+        return keras.optimizers.AdamW(weight_decay=config.weight_decay, **settings)
+    return keras.optimizers.Adam(**settings)
+
+
+def compile_model(model: keras.Model, kinds: dict[str, str], config: TrainingConfig, steps_per_epoch: int) -> None:
+    """Compiles a model of `{task: output}`: optimizer, loss per kind of task, AUC or RMSE and MAE per task.
+
+    Losses and metrics are means over the rows that have a weight in their task.
+
+    Args:
+        model: A model of `mvke_tf.models.two_tower.training_model`.
+        kinds: `{task: "binary" or "regression"}`.
+        config: Settings.
+        steps_per_epoch: Batches per epoch.
+    """
+
+    def metrics(kind: str) -> list[keras.metrics.Metric]:
+        if kind == "binary":
+            return [keras.metrics.AUC(from_logits=True, name="auc")]
+        return [keras.metrics.RootMeanSquaredError(name="rmse"), keras.metrics.MeanAbsoluteError(name="mae")]
+
     model.compile(
-        optimizer=keras.optimizers.Adam(learning_rate),
-        loss={task: keras.losses.BinaryCrossentropy(from_logits=True) for task in tasks},
-        metrics={task: [keras.metrics.AUC(from_logits=True, name="auc")] for task in tasks},
+        optimizer=build_optimizer(config, steps_per_epoch),
+        loss=task_losses(model, kinds),
+        loss_weights=dict(zip(kinds, config.task_weights, strict=True)) if config.task_weights else None,
+        weighted_metrics={task: metrics(kind) for task, kind in kinds.items()},
+        steps_per_execution=config.steps_per_execution,
+        jit_compile=True if config.xla else "auto" if keras.backend.backend() == "jax" else False,
     )
+
+
+@contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    """Layers made inside have this dtype policy."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def build_training_model(config: RunConfig, schema: Schema, steps_per_epoch: int) -> tuple[keras.Model, keras.Model]:
     """The model to checkpoint, and the compiled model to train, which share their weights.
 
-    The first stays uncompiled, so that checkpoints are free of optimizer state; the second is its `distinct_model` if
-    the settings say so.
+    The first stays uncompiled, so that checkpoints are free of optimizer state.
+
+    Args:
+        config: All settings.
+        schema: The schema of the data with the tasks of the model, `Prepared.schema_for(config.model)`.
+        steps_per_epoch: Batches per epoch.
     """
-    plain = build_model(config.model.name, schema.with_tasks(Task(name) for name in config.model.tasks), config.model)
-    model = distinct_model(plain) if config.training.distinct else keras.Model(plain.input, plain.output)
-    compile_model(model, config.training, steps_per_epoch)
+    with _dtype_policy(config.training.precision):
+        plain = build_model(config.model.name, schema, config.model)
+        kinds = task_kinds(plain)
+        if config.training.loss_weighting == "uncertainty":
+            plain = with_uncertainty(plain)
+        model = training_model(plain, config.training.distinct, conditional=config.model.conversion == "clicked")
+        compile_model(model, kinds, config.training, steps_per_epoch)
     return plain, model
 
 
-def mean_validation_auc(logs: dict[str, Any]) -> float:
-    """The mean over tasks of the validation AUCs in the logs of an epoch."""
-    return float(np.mean([value for name, value in logs.items() if name.startswith("val_") and name.endswith("_auc")]))
+def validation_score(logs: dict[str, Any]) -> float:
+    """What the best checkpoint has most of: the mean validation AUC over tasks, or minus the mean RMSE without one."""
+    values = {
+        metric: [value for name, value in logs.items() if name.startswith("val_") and name.endswith(f"_{metric}")]
+        for metric in ("auc", "rmse")
+    }
+    return float(np.mean(values["auc"]) if values["auc"] else -np.mean(values["rmse"]))
 
 
 def best_epoch(history: History) -> int:
-    """Index of the epoch with the best mean validation AUC, the first of equals."""
-    return int(np.argmax([epoch["val_auc"] for epoch in history]))
+    """Index of the epoch with the best validation score, the first of equals."""
+    return int(np.argmax([epoch["val_score"] for epoch in history]))
 
 
 def is_finished(history: History, config: TrainingConfig) -> bool:
@@ -145,7 +200,10 @@ class RunKeeper(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         # The last step's update shows in the validation only.
         self._check_finite("validation loss", float(logs["val_loss"]), "after the last step")
-        logs["val_auc"] = mean_validation_auc(logs)
+        logs["val_score"] = validation_score(logs)
+        uncertainty = uncertainty_layer(self.model)
+        if uncertainty is not None:
+            logs |= {f"log_variance_{task}": float(value) for task, value in uncertainty.by_task().items()}
         logs["rows_per_second"] = self.rows / (self._stopped - self._started)
         self.history.append({"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}})
         if best_epoch(self.history) == epoch:
@@ -200,12 +258,18 @@ def train_run(run: Run, report: Callable[[str], object] = print) -> Result:
     report(f"Run: {run.folder}   (follow it: tensorboard --logdir {run.folder.parent})")
     config = run.config.training
     set_seed(config)
-    tasks = run.config.model.tasks
-    training = Batches(run.prepared.part("train", tasks), config.batch_size, config.distinct, DISTINCT_MULTIPLE)
-    plain, model = build_training_model(run.config, run.prepared.schema, training.steps)
+    schema = run.prepared.schema_for(run.config.model)
+    parts = {
+        part: run.prepared.part(part, schema.task_names, clicked=run.config.model.conversion == "clicked")
+        for part in ("train", "validation")
+    }
+    for data in parts.values():
+        data.check_labels(schema.tasks)
+    training = Batches(parts["train"], config.batch_size, config.distinct, DISTINCT_MULTIPLE)
+    plain, model = build_training_model(run.config, schema, training.steps)
     history = run.restore_state(model)
     finished = len(history)
-    validation = Batches(run.prepared.part("validation", tasks), EVALUATION_BATCH, config.distinct, DISTINCT_MULTIPLE)
+    validation = Batches(parts["validation"], EVALUATION_BATCH, config.distinct, DISTINCT_MULTIPLE)
     report(
         f"{plain.name}: {plain.count_params():,} parameters, {len(training.data):,} training pairs in "
         f"{training.steps:,} batches, {len(validation.data):,} validation pairs"

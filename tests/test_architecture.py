@@ -11,7 +11,7 @@ from tests.conftest import REPOSITORY
 FLOORS = (
     {"config", "files"},
     {"schema"},
-    {"layers", "metrics"},
+    {"layers", "losses", "metrics"},
     {"data", "models"},
     {"run"},
     {"training", "evaluation", "serving"},

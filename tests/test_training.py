@@ -22,8 +22,8 @@ from mvke_tf.training import (
     best_epoch,
     build_training_model,
     is_finished,
-    mean_validation_auc,
     train_run,
+    validation_score,
 )
 from tests.conftest import REPOSITORY
 
@@ -63,7 +63,7 @@ def test_train_learns_and_keeps_the_best_checkpoint(new_run):
     losses = [epoch["loss"] for epoch in result.history]
     assert losses[-1] < losses[0] - 0.01
     assert [epoch["epoch"] for epoch in result.history] == list(range(1, 9))
-    aucs = [epoch["val_auc"] for epoch in result.history]
+    aucs = [epoch["val_score"] for epoch in result.history]
     assert result.best_epoch == int(np.argmax(aucs)) + 1
     assert result.rows_per_second > 0
     assert result.peak_memory > 50 * 2**20
@@ -71,7 +71,7 @@ def test_train_learns_and_keeps_the_best_checkpoint(new_run):
     run = Run.open(result.run.checkpoint)
     validation = run.prepared.part("validation")
     best = run.load_model()
-    _, fresh = build_training_model(run.config, run.prepared.schema, steps_per_epoch=1)
+    _, fresh = build_training_model(run.config, run.prepared.schema_for(run.config.model), steps_per_epoch=1)
     fresh.set_weights(best.get_weights())
     logs = fresh.evaluate(Batches(validation, 4096).in_order(), return_dict=True, verbose=0)
     assert np.mean([logs["ctr_auc"], logs["cvr_auc"]]) == pytest.approx(max(aucs), abs=1e-6)
@@ -81,7 +81,7 @@ def test_logs(new_run):
     run = train_run(new_run("a"), report=quiet).run
     lines = run.log_file.read_text().splitlines()
     assert len(lines) == 4
-    assert {"epoch", "loss", "ctr_auc", "cvr_auc", "val_auc", "val_loss"} <= set(lines[0].split(","))
+    assert {"epoch", "loss", "ctr_auc", "cvr_auc", "val_score", "val_loss"} <= set(lines[0].split(","))
     assert list(run.logs.rglob("events.out.tfevents.*"))
 
 
@@ -188,7 +188,7 @@ def test_every_model_trains_and_loads(new_run, name):
         metric = keras.metrics.AUC()
         metric.update_state(data.labels[task], scores)
         aucs.append(float(metric.result()))
-    assert np.mean(aucs) == pytest.approx(result.history[0]["val_auc"], abs=1e-3)
+    assert np.mean(aucs) == pytest.approx(result.history[0]["val_score"], abs=1e-3)
 
 
 def test_divergence_in_the_last_step_of_an_epoch_is_seen(new_run):
@@ -200,7 +200,7 @@ def test_divergence_in_the_last_step_of_an_epoch_is_seen(new_run):
 
 
 def test_early_stopping():
-    history = [{"val_auc": auc} for auc in (0.6, 0.8, 0.8, 0.7)]
+    history = [{"val_score": auc} for auc in (0.6, 0.8, 0.8, 0.7)]
     assert best_epoch(history) == 1
     assert is_finished(history, TrainingConfig(epochs=10, patience=2))
     assert not is_finished(history, TrainingConfig(epochs=10, patience=3))
@@ -209,9 +209,11 @@ def test_early_stopping():
     assert not is_finished([], TrainingConfig(patience=1))
 
 
-def test_mean_validation_auc_counts_validation_only():
-    logs = {"ctr_auc": 0.1, "val_ctr_auc": 0.7, "val_cvr_auc": 0.9, "val_loss": 3.0}
-    assert mean_validation_auc(logs) == pytest.approx(0.8)
+def test_validation_score_is_the_mean_auc_or_minus_the_mean_rmse():
+    logs = {"ctr_auc": 0.1, "val_ctr_auc": 0.7, "val_cvr_auc": 0.9, "val_loss": 3.0, "rating_rmse": 9.0}
+    assert validation_score(logs) == pytest.approx(0.8)
+    assert validation_score({**logs, "val_rating_rmse": 1.5}) == pytest.approx(0.8)
+    assert validation_score({"val_rating_rmse": 1.5, "val_stars_rmse": 0.5, "val_loss": 3.0}) == pytest.approx(-1.0)
 
 
 def test_state_of_another_model_is_refused(new_run):
@@ -281,7 +283,7 @@ def test_train_script_refuses_bad_arguments(tmp_path, options, message):
 def test_the_learning_rate_falls_after_every_epoch(tiny_run):
     settings = dataclasses.replace(TRAINING, learning_rate=0.5, learning_rate_decay=0.1)
     config = dataclasses.replace(tiny_run.config, training=settings)
-    _, model = build_training_model(config, tiny_run.prepared.schema, steps_per_epoch=3)
+    _, model = build_training_model(config, tiny_run.prepared.schema_for(config.model), steps_per_epoch=3)
     rates = []
     for step in (0, 2, 3, 5, 6):
         model.optimizer.iterations.assign(step)

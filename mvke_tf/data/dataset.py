@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from mvke_tf.schema import ITEM_ROWS, USER_ROWS
+from mvke_tf.schema import ITEM_ROWS, USER_ROWS, Task
 
 Table = dict[str, np.ndarray]
 
@@ -23,6 +24,8 @@ class PairData:
         user_rows: int32 `(n,)`, row of the user state of each pair.
         item_rows: int32 `(n,)`, row of the item of each pair.
         labels: `{task: (n,)}`.
+        weights: `{task: (n,)}`, the weight of each pair in the loss and the metrics of a task; 0 where it has no label,
+            as a rating of an item that was never rated. Tasks that are absent weigh every pair 1.
     """
 
     users: Table
@@ -30,6 +33,7 @@ class PairData:
     user_rows: np.ndarray
     item_rows: np.ndarray
     labels: Table
+    weights: Table = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.user_rows)
@@ -41,7 +45,32 @@ class PairData:
             user_rows=self.user_rows[rows],
             item_rows=self.item_rows[rows],
             labels={task: label[rows] for task, label in self.labels.items()},
+            weights={task: weight[rows] for task, weight in self.weights.items()},
         )
+
+    def check_labels(self, tasks: Iterable[Task]) -> None:
+        """Does nothing if every pair of a weight above 0 has a label that its task allows.
+
+        Raises:
+            ValueError: If a task has no labels, a label of a binary task is neither 0 nor 1, or one of a regression
+                task is not finite or outside the task's domain.
+        """
+        for task in tasks:
+            if task.name not in self.labels:
+                raise ValueError(f"Task {task.name!r} has no labels. Received labels of: {sorted(self.labels)}")
+            labels = np.asarray(self.labels[task.name])
+            if task.name in self.weights:
+                labels = labels[self.weights[task.name] > 0]
+            if task.kind == "binary":
+                legal, expected = np.isin(labels, (0, 1)), "0 or 1"
+            else:
+                low, high = task.domain or (-np.inf, np.inf)
+                legal, expected = np.isfinite(labels) & (low <= labels) & (labels <= high), f"in [{low}, {high}]"
+            if not legal.all():
+                raise ValueError(
+                    f"Labels of the {task.kind} task {task.name!r} must be {expected}. "
+                    f"Received: {np.sum(~legal)} others, such as {labels[~legal][0]}"
+                )
 
     def steps(self, batch_size: int) -> int:
         """Batches per epoch; the last one may be smaller."""
@@ -51,7 +80,8 @@ class PairData:
 class Batches:
     """Makes the `tf.data` pipelines of one `PairData`.
 
-    A batch is `({feature: tensor}, {task: (B, 1) float32})`, made by gathering whole rows; no step runs Python.
+    A batch is `({feature: tensor}, {task: (B, 1) float32})`, made by gathering whole rows; no step runs Python. Where the
+    data have weights, a third part holds those of all tasks, `{task: (B, 1) float32}`.
 
     Args:
         data: Entities and pairs.
@@ -79,6 +109,11 @@ class Batches:
             self._user_rows = tf.constant(data.user_rows, tf.int32)
             self._item_rows = tf.constant(data.item_rows, tf.int32)
             self._labels = {task: tf.constant(label[:, None], tf.float32) for task, label in data.labels.items()}
+            everywhere = np.ones(len(data), np.float32)
+            self._weights = {
+                task: tf.constant(data.weights.get(task, everywhere)[:, None], tf.float32)
+                for task in (data.labels if data.weights else ())
+            }
             if distinct:
                 # Pairs of one user state, as (first position, count) in the order of user rows.
                 self._by_user = tf.constant(np.argsort(data.user_rows, kind="stable"), tf.int32)
@@ -116,7 +151,7 @@ class Batches:
         return tf.gather(self._by_user, tf.repeat(start, count) + offset)
 
     def _epoch(self, order: tf.Tensor) -> tf.data.Dataset:
-        def batch(step: tf.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+        def batch(step: tf.Tensor) -> tuple[dict[str, Any], ...]:
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             user_rows, item_rows = tf.gather(self._user_rows, rows), tf.gather(self._item_rows, rows)
             inputs = {}
@@ -127,7 +162,8 @@ class Batches:
                     user_rows, item_rows = _pad_rows(user_rows, self.pad), _pad_rows(item_rows, self.pad)
             inputs |= {name: tf.gather(column, user_rows) for name, column in self._users.items()}
             inputs |= {name: tf.gather(column, item_rows) for name, column in self._items.items()}
-            return inputs, {task: tf.gather(label, rows) for task, label in self._labels.items()}
+            by_task = (self._labels, self._weights) if self._weights else (self._labels,)
+            return inputs, *({task: tf.gather(column, rows) for task, column in columns.items()} for columns in by_task)
 
         return tf.data.Dataset.range(self.steps, output_type=tf.int32).map(
             batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True

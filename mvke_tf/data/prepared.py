@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mvke_tf.config import DataConfig, from_dict
+from mvke_tf.config import DataConfig, ModelConfig, from_dict
 from mvke_tf.data.dataset import PairData
 from mvke_tf.data.features import Encoder, Table, item_table, movielens_features, user_states
 from mvke_tf.data.movielens import DataError, MovieLens, read_movielens
 from mvke_tf.data.protocols import PARTS, describe, labelled_pairs
 from mvke_tf.data.sources import obtain_movielens
 from mvke_tf.files import DAMAGED, read_arrays, written_whole
-from mvke_tf.schema import Schema
+from mvke_tf.schema import Schema, Task
 
 FORMAT = 2
+# The lowest and the highest rating of MovieLens, in stars.
+RATINGS = (1, 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Prepared:
         """The schema of this data, for the tasks CTR and CVR."""
         return self.encoder.schema()
 
+    def schema_for(self, config: ModelConfig) -> Schema:
+        """The schema of this data for the tasks of a model; ratings start from the mean of the training part."""
+        tasks = {"ctr": Task("ctr"), "cvr": Task("cvr")}
+        if config.conversion != "impressions" and "ctr" in config.tasks:
+            tasks["cvr"] = Task("cvr", given="ctr")
+        if "rating" in config.tasks:
+            known = self.pairs["rating"][(self.pairs["part"] == 0) & (self.pairs["rating"] > 0)]
+            tasks["rating"] = Task("rating", "regression", offset=round(float(known.mean()), 4), domain=RATINGS)
+        return self.schema.with_tasks(tasks[name] for name in config.tasks)
+
     def part_rows(self, part: str) -> np.ndarray:
         """Positions in `pairs` of the pairs of one part.
 
@@ -59,15 +71,35 @@ class Prepared:
             raise ValueError(f"Unknown part of the data. Expected one of {PARTS}. Received: {part!r}")
         return np.flatnonzero(self.pairs["part"].to_numpy() == PARTS.index(part))
 
-    def part(self, part: str, tasks: Sequence[str] = ("ctr", "cvr")) -> PairData:
-        """The pairs of `"train"`, `"validation"` or `"test"`, ready for `mvke_tf.data.dataset.Batches`."""
+    def part(self, part: str, tasks: Sequence[str] = ("ctr", "cvr"), clicked: bool = False) -> PairData:
+        """The pairs of one part, ready for `mvke_tf.data.dataset.Batches`.
+
+        Ratings of pairs that were never rated (sampled negatives) get weight 0.
+
+        Args:
+            part: `"train"`, `"validation"` or `"test"`.
+            tasks: Names of the tasks whose labels are wanted: `"ctr"`, `"cvr"`, `"rating"`.
+            clicked: Whether only clicked pairs have a weight in the task CVR.
+
+        Raises:
+            ValueError: If there is no such part or task.
+        """
+        unknown = sorted(set(tasks) - {"ctr", "cvr", "rating"})
+        if unknown:
+            raise ValueError(f"Unknown tasks. Expected some of ctr, cvr, rating. Received: {unknown}")
         pairs = self.pairs.iloc[self.part_rows(part)]
+        weights = {}
+        if "rating" in tasks and not pairs["rating"].all():
+            weights["rating"] = (pairs["rating"] > 0).to_numpy(np.float32)
+        if "cvr" in tasks and clicked:
+            weights["cvr"] = pairs["ctr"].to_numpy(np.float32)
         return PairData(
             self.encoded["user"],
             self.encoded["item"],
             pairs["user_row"].to_numpy(np.int32),
             pairs["item_row"].to_numpy(np.int32),
             {task: pairs[task].to_numpy(np.float32) for task in tasks},
+            weights,
         )
 
     def known(self, entity: str) -> np.ndarray:

@@ -24,6 +24,7 @@ from mvke_tf.layers import (
     RowDot,
     SelectExperts,
 )
+from mvke_tf.losses import uncertainty_layer, with_uncertainty
 from mvke_tf.schema import ITEM_ROWS, USER_ROWS, WEIGHTS_SUFFIX, Feature, Schema, Task
 
 Vectors = dict[str, Any]
@@ -128,15 +129,22 @@ def score(user_vectors: Vectors, item_vectors: Vectors, tasks: Sequence[Task]) -
 
 
 def _through_heads(
-    layers: Mapping[str, keras.Layer], tasks: Sequence[str], product: Callable[[RowDot, str], Any]
+    layers: Mapping[str, keras.Layer],
+    tasks: Sequence[str],
+    product: Callable[[RowDot, str], Any],
+    conditional: bool = False,
 ) -> dict[str, Any]:
-    """Outputs of all tasks, where `product` applies the head of one task to whatever its vectors are."""
+    """Outputs of all tasks, where `product` applies the head of one task to whatever its vectors are.
+
+    With `conditional`, tasks that another event comes before give their logit given that event, not the joint one.
+    """
     outputs: dict[str, Any] = {}
     for task in tasks:
         head = layers[task]
         if isinstance(head, JointLogit):
-            conditional = product(layers[CONDITIONAL.format(task=task, given=head.given)], task)
-            outputs[task] = head(outputs[head.given], conditional)
+            outputs[task] = product(layers[CONDITIONAL.format(task=task, given=head.given)], task)
+            if not conditional:
+                outputs[task] = head(outputs[head.given], outputs[task])
         else:
             outputs[task] = product(head, task)
     return outputs
@@ -276,12 +284,32 @@ def gate_model(model: keras.Model) -> keras.Model:
     return cut(model, outputs, name="gates")
 
 
-def distinct_model(model: keras.Model) -> keras.Model:
+def training_model(model: keras.Model, distinct: bool = False, conditional: bool = False) -> keras.Model:
+    """A model to compile and train, which shares its weights with a model to checkpoint.
+
+    Args:
+        model: A built or loaded two-tower model, with or without `mvke_tf.losses.with_uncertainty`.
+        distinct: Whether it takes batches of distinct users and items, as `distinct_model` does.
+        conditional: Whether tasks built with `Task(given=...)` give their logit given the event before: to learn from
+            the rows with that event only.
+    """
+    if distinct:
+        trained = distinct_model(model, conditional)
+    else:
+        outputs = {task: model.get_layer(task).output for task in task_names(model)}
+        if conditional:
+            outputs |= conditional_model(model).output
+        trained = keras.Model(model.input, outputs, name=f"{model.name}_training")
+    uncertainty = uncertainty_layer(model)
+    return trained if uncertainty is None else with_uncertainty(trained, uncertainty)
+
+
+def distinct_model(model: keras.Model, conditional: bool = False) -> keras.Model:
     """The same model for batches of distinct users and items, sharing its weights.
 
     It takes the features of U distinct users and I distinct items, and two more inputs, `user_rows` and `item_rows`
     `(B,)`, that say which of them each pair of the batch consists of. Outputs equal those of the plain model on the
-    B pairs; a tower runs once per distinct row.
+    B pairs; a tower runs once per distinct row. `conditional` is that of `training_model`.
     """
     user, item = tower(model, "user"), tower(model, "item")
     rows = {name: keras.Input((), dtype="int32", name=name) for name in (USER_ROWS, ITEM_ROWS)}
@@ -292,6 +320,9 @@ def distinct_model(model: keras.Model) -> keras.Model:
         }
     layers = {layer.name: layer for layer in model.layers}
     outputs = _through_heads(
-        layers, task_names(model), lambda head, task: head(vectors["user"][task], vectors["item"][task])
+        layers,
+        task_names(model),
+        lambda head, task: head(vectors["user"][task], vectors["item"][task]),
+        conditional,
     )
     return keras.Model({**user.input, **item.input, **rows}, outputs, name=f"{model.name}_distinct")
