@@ -1,4 +1,4 @@
-"""Offline metrics of binary predictions, on plain arrays.
+"""Offline metrics of binary predictions and of predicted values, on plain arrays.
 
 A metric that is not defined for its input (an AUC where all labels are equal, anything of no rows) is NaN.
 """
@@ -85,13 +85,18 @@ def calibration_bins(
     Raises:
         ValueError: If `bins` is below 1.
     """
+    return value_bins(labels, probabilities, bins)
+
+
+def value_bins(labels: np.ndarray, values: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same as `calibration_bins` of predicted values and labels of any kind: mean value, mean label, rows."""
     if bins < 1:
         raise ValueError(f"`bins` must be at least 1. Received: {bins}")
-    rows = pd.DataFrame({"probability": np.asarray(probabilities, np.float64), "label": np.asarray(labels, np.float64)})
-    quantile = (rows["probability"].rank() - 0.5) / max(len(rows), 1)
+    rows = pd.DataFrame({"value": np.asarray(values, np.float64), "label": np.asarray(labels, np.float64)})
+    quantile = (rows["value"].rank() - 0.5) / max(len(rows), 1)
     by_bin = rows.groupby((quantile * bins).astype(int).to_numpy())
     means = by_bin.mean()
-    return means["probability"].to_numpy(), means["label"].to_numpy(), by_bin.size().to_numpy()
+    return means["value"].to_numpy(), means["label"].to_numpy(), by_bin.size().to_numpy()
 
 
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> float:
@@ -123,8 +128,8 @@ def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndar
         users: `(n,)`, the user of each row, for `gauc`.
 
     Returns:
-        `auc`, `gauc`, `log_loss` (nats), `calibration_error`, `rows`, `positives`, as JSON can hold them: None for a
-        metric that is not defined.
+        `auc`, `gauc`, `accuracy` (share of rows on the right side of probability 0.5), `log_loss` (nats),
+        `calibration_error`, `rows`, `positives`, as JSON can hold them: None for a metric that is not defined.
 
     Raises:
         ValueError: If the arrays are not of one length, or a label is neither 0 nor 1, or a probability lies outside
@@ -144,6 +149,7 @@ def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndar
     measured = {
         "auc": auc(labels, probabilities),
         "gauc": gauc(labels, probabilities, users),
+        "accuracy": float(np.mean((probabilities > 0.5) == labels)) if len(labels) else math.nan,
         "log_loss": log_loss(labels, probabilities),
         "calibration_error": calibration_error(labels, probabilities),
     }
@@ -152,6 +158,38 @@ def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndar
         "rows": len(labels),
         "positives": int(labels.sum()),
     }
+
+
+def regression_metrics(labels: np.ndarray, values: np.ndarray) -> dict[str, float | int | None]:
+    """All metrics of one regression task, in the unit of the label (`mse`: its square).
+
+    Args:
+        labels: `(n,)`.
+        values: `(n,)`, predicted.
+
+    Returns:
+        `mse`, `rmse`, `mae`, `rows`, as JSON can hold them: None for a metric of no rows.
+
+    Raises:
+        ValueError: If the arrays are not of one length, or something in them is NaN or infinite.
+    """
+    labels, values = np.asarray(labels, np.float64), np.asarray(values, np.float64)
+    if not labels.shape == values.shape == (len(labels),):
+        raise ValueError(f"`labels` and `values` must have one shape (n,). Received: {labels.shape} and {values.shape}")
+    if not (np.isfinite(labels).all() and np.isfinite(values).all()):
+        raise ValueError("Labels and values must be finite. Received: NaN or infinite ones")
+    if not len(labels):
+        return {"mse": None, "rmse": None, "mae": None, "rows": 0}
+    mse = float(sklearn_metrics.mean_squared_error(labels, values))
+    mae = float(sklearn_metrics.mean_absolute_error(labels, values))
+    return {"mse": mse, "rmse": math.sqrt(mse), "mae": mae, "rows": len(labels)}
+
+
+def cell(value: float | int | None) -> str:
+    """A metric as text of a table: four decimals, `-` for one that is not defined."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def defined(value: float) -> float | None:

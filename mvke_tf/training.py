@@ -65,11 +65,10 @@ def set_seed(config: TrainingConfig) -> None:
 
 def build_optimizer(config: TrainingConfig, steps_per_epoch: int) -> keras.optimizers.Optimizer:
     """The optimizer of these settings; its learning rate falls in steps of whole epochs of so many batches."""
-    # Keras counts the updates, not the batches.
-    updates = steps_per_epoch * config.learning_rate_decay_epochs / config.accumulation_steps
+    batches = steps_per_epoch * config.learning_rate_decay_epochs
     settings: dict[str, Any] = {
         "learning_rate": keras.optimizers.schedules.ExponentialDecay(
-            config.learning_rate, updates, config.learning_rate_decay, staircase=True
+            config.learning_rate, batches, config.learning_rate_decay, staircase=True
         ),
         "global_clipnorm": config.clipnorm or None,
         "gradient_accumulation_steps": config.accumulation_steps if config.accumulation_steps > 1 else None,
@@ -159,7 +158,7 @@ def is_finished(history: History, config: TrainingConfig) -> bool:
 
 
 class RunKeeper(keras.callbacks.Callback):
-    """Keeps a run directory up to date, and stops training that has finished or diverged.
+    """Keeps a run directory up to date, and stops training that has diverged.
 
     The state file is written last: a process killed at any moment resumes at the last epoch that finished, whose
     successors it repeats exactly.
@@ -209,8 +208,8 @@ class RunKeeper(keras.callbacks.Callback):
         if best_epoch(self.history) == epoch:
             self.run.save_checkpoint(self.plain)
         self.run.save_state(self.model, self.history)
-        if is_finished(self.history, self.config):
-            self.model.stop_training = True
+        # The data are those of one epoch.
+        self.model.stop_training = True
 
 
 def train(
@@ -279,19 +278,21 @@ def train_run(run: Run, report: Callable[[str], object] = print) -> Result:
     else:
         if finished:
             report(f"Continuing {run.folder} after epoch {finished}.")
-        model.fit(
-            training.epochs(config.seed, finished),
-            steps_per_epoch=training.steps,
-            epochs=config.epochs,
-            initial_epoch=finished,
-            validation_data=validation.in_order(),
-            shuffle=False,
-            verbose=1 if sys.stdout.isatty() else 2,
-            callbacks=[
-                RunKeeper(run, plain, history, config, len(training.data)),
-                keras.callbacks.TensorBoard(run.logs, write_graph=False),
-            ],
-        )
+        callbacks = [
+            RunKeeper(run, plain, history, config, len(training.data)),
+            keras.callbacks.TensorBoard(run.logs, write_graph=False),
+        ]
+        # One call per epoch, whose data end with it: steps_per_execution would read on into the next epoch otherwise.
+        while not is_finished(history, config):
+            model.fit(
+                training.epoch(config.seed, len(history)),
+                epochs=config.epochs,
+                initial_epoch=len(history),
+                validation_data=validation.in_order(),
+                shuffle=False,
+                verbose=1 if sys.stdout.isatty() else 2,
+                callbacks=callbacks,
+            )
     speeds = [epoch["rows_per_second"] for epoch in history[finished:]]
     return Result(
         run,

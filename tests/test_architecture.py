@@ -12,7 +12,7 @@ FLOORS = (
     {"config", "files"},
     {"schema"},
     {"layers", "losses", "metrics"},
-    {"data", "models"},
+    {"data", "figures", "models"},
     {"run"},
     {"training", "evaluation", "serving"},
     {"cli"},

@@ -9,18 +9,13 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from mvke_tf.data.dataset import Batches
 from mvke_tf.data.movielens import DataError
-from mvke_tf.evaluation import (
-    calibration_figure,
-    evaluate_model,
-    evaluate_run,
-    picture_files,
-    predict,
-    results_table,
-    roc_figure,
-)
+from mvke_tf.evaluation import evaluate_model, evaluate_run, predict, predict_conditional, results_table
+from mvke_tf.figures import calibration_figure, regression_figure, roc_figure
+from mvke_tf.models import build_model
+from mvke_tf.models.two_tower import tower
 from mvke_tf.run import RunError
 
-METRICS = {"auc", "gauc", "log_loss", "calibration_error", "rows", "positives"}
+METRICS = {"auc", "gauc", "accuracy", "log_loss", "calibration_error", "rows", "positives"}
 TEST_SPLITS = {"test", "test_warm_users", "test_cold_users"}
 
 
@@ -42,7 +37,7 @@ def test_predict_gives_the_sigmoid_of_the_logits_in_order(tiny_run):
 def test_predict_refuses_damaged_weights(tiny_run):
     model = tiny_run.load_model()
     model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
-    with pytest.raises(ValueError, match="finite logits of task 'ctr'"):
+    with pytest.raises(ValueError, match="finite outputs of task 'ctr'"):
         predict(model, tiny_run.prepared.part("test"))
 
 
@@ -104,8 +99,7 @@ def test_another_part_keeps_the_first(tiny_run):
 
 def test_pictures_show_something(tiny_run):
     evaluate_run(tiny_run, "validation", report=silent)
-    files = picture_files(tiny_run, "validation")
-    assert [file.name for file in files] == ["validation_roc.png", "validation_calibration.png"]
+    files = [tiny_run.figures / name for name in ("validation_roc.png", "validation_calibration.png")]
     assert sorted(tiny_run.figures.iterdir()) == sorted(files)
     for file in files:
         assert file.read_bytes().startswith(b"\x89PNG")
@@ -118,9 +112,11 @@ def test_pictures_show_something(tiny_run):
 
 @pytest.mark.parametrize("figure_of", [roc_figure, calibration_figure])
 def test_curves_differ_without_colour_and_axes_are_labelled(figure_of):
-    labels = {"ctr": np.array([0, 1, 1, 0]), "cvr": np.array([0, 1, 0, 0])}
-    probabilities = {"ctr": np.array([0.1, 0.9, 0.4, 0.6]), "cvr": np.array([0.2, 0.7, 0.6, 0.1])}
-    (axes,) = figure_of(labels, probabilities, "test").axes
+    curves = {
+        "CTR": (np.array([0, 1, 1, 0]), np.array([0.1, 0.9, 0.4, 0.6])),
+        "CVR": (np.array([0, 1, 0, 0]), np.array([0.2, 0.7, 0.6, 0.1])),
+    }
+    (axes,) = figure_of(curves, "test").axes
     styles = [(line.get_linestyle(), line.get_marker()) for line in axes.lines]
     assert len(styles) >= 3 and len(set(styles)) == len(styles)
     assert axes.get_xlabel() and axes.get_ylabel()
@@ -129,9 +125,8 @@ def test_curves_differ_without_colour_and_axes_are_labelled(figure_of):
 
 
 def test_roc_figure_draws_no_curve_of_one_class():
-    labels = {"ctr": np.ones(3), "cvr": np.array([0, 1, 0])}
-    probabilities = dict.fromkeys(labels, np.array([0.2, 0.8, 0.4]))
-    (axes,) = roc_figure(labels, probabilities, "test").axes
+    scores = np.array([0.2, 0.8, 0.4])
+    (axes,) = roc_figure({"CTR": (np.ones(3), scores), "CVR": (np.array([0, 1, 0]), scores)}, "test").axes
     by_label = {line.get_label(): line.get_xdata() for line in axes.lines}
     assert len(by_label["CTR, AUC -, 3 rows"]) == 0
     assert len(by_label["CVR, AUC 1.0000, 3 rows"]) > 0
@@ -190,3 +185,49 @@ def test_predict_needs_a_two_tower_model(tiny_run):
     other = keras.Model(inputs, keras.layers.Dense(1)(keras.ops.cast(inputs["age"], "float32")[:, None]))
     with pytest.raises(ValueError, match="two-tower model"):
         predict(other, tiny_run.prepared.part("test"))
+
+
+def test_regression_figure_shows_the_bins_of_values():
+    labels, values = np.array([1.0, 3.0, 5.0]), np.array([2.0, 3.0, 4.0])
+    (axes,) = regression_figure({"rating": (labels, values)}, "test").axes
+    diagonal, line = axes.lines
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [1.0, 5.0]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2.0, 3.0, 4.0], [1.0, 3.0, 5.0])
+    assert "test part, 3 rows" in axes.get_title() and f"rating {np.sqrt(2 / 3):.4f}" in axes.get_title()
+    assert axes.get_xlabel() and axes.get_ylabel()
+
+
+def test_conversion_given_a_click_and_ratings_are_reported(tiny_run):
+    """CVR over all impressions is the product, over the clicked rows the conditional; ratings of rated pairs only."""
+    prepared = tiny_run.prepared
+    config = dataclasses.replace(tiny_run.config.model, tasks=("ctr", "cvr", "rating"), conversion="esmm")
+    model = build_model("mvke", prepared.schema_for(config), config)
+    data = prepared.part("test", ("ctr", "cvr", "rating"))
+    vectors = {}
+    for side, rows in (("user", data.user_rows), ("item", data.item_rows)):
+        part = tower(model, side)
+        table = {name: prepared.encoded[side][name][rows] for name in part.input}
+        vectors[side] = {task: np.asarray(vector, np.float64) for task, vector in part(table).items()}
+    dots = {task: np.sum(vectors["user"][task] * vectors["item"][task], axis=1) for task in vectors["user"]}
+    click, given = (1 / (1 + np.exp(-dots[task])) for task in ("ctr", "cvr"))
+    np.testing.assert_allclose(predict(model, data)["cvr"], click * given, atol=1e-6)
+    np.testing.assert_allclose(predict_conditional(model, data)["cvr"], given, atol=1e-6)
+
+    report = evaluate_model(model, prepared, "test")["test"]
+    labels, clicked = data.labels["cvr"], data.labels["ctr"] == 1
+    assert report["cvr"]["auc"] == pytest.approx(roc_auc_score(labels, click * given), abs=1e-6)
+    assert report["cvr"]["auc_clicked"] == pytest.approx(roc_auc_score(labels[clicked], given[clicked]), abs=1e-6)
+    rated = data.labels["rating"] > 0
+    mean = prepared.pairs["rating"][(prepared.pairs["part"] == 0) & (prepared.pairs["rating"] > 0)].mean()
+    errors = data.labels["rating"][rated] - (round(mean, 4) + dots["rating"][rated])
+    assert report["rating"]["rows"] == rated.sum() < len(rated)
+    assert report["rating"]["rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)), abs=1e-5)
+    assert report["rating"]["mse"] == pytest.approx(np.mean(errors**2), abs=1e-5)
+    assert report["rating"]["mae"] == pytest.approx(np.mean(np.abs(errors)), abs=1e-5)
+    table = results_table({"test": report}, "test").splitlines()
+    assert table[0].split()[-3:] == ["mse", "rmse", "mae"]
+    assert table[-1].split()[-3:] == [f"{report['rating'][name]:.4f}" for name in ("mse", "rmse", "mae")]
+
+
+def test_a_model_without_conditional_task_has_no_conditional_predictions(tiny_run):
+    assert predict_conditional(tiny_run.load_model(), tiny_run.prepared.part("test")) == {}

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mvke_tf.metrics import auc, binary_metrics, calibration_bins, calibration_error, gauc, log_loss
+from mvke_tf.metrics import (
+    auc,
+    binary_metrics,
+    calibration_bins,
+    calibration_error,
+    cell,
+    gauc,
+    log_loss,
+    regression_metrics,
+)
 
 LABELS = np.array([0, 0, 1, 1])
 SCORES = np.array([0.1, 0.4, 0.35, 0.8])
@@ -98,6 +107,7 @@ def test_binary_metrics_has_json_values():
     metrics = binary_metrics(LABELS, SCORES, users)
     assert metrics == {
         "auc": pytest.approx(0.75),
+        "accuracy": 0.75,
         "gauc": pytest.approx(0.5),
         "log_loss": pytest.approx(log_loss(LABELS, SCORES)),
         "calibration_error": pytest.approx((0.1 + 0.4 + 0.65 + 0.2) / 4),
@@ -113,7 +123,7 @@ def test_binary_metrics_has_none_for_what_is_undefined():
     assert one_class["log_loss"] == pytest.approx(math.log(2))
     none = np.zeros(0)
     assert binary_metrics(none, none, none) == {
-        **dict.fromkeys(("auc", "gauc", "log_loss", "calibration_error")),
+        **dict.fromkeys(("auc", "gauc", "accuracy", "log_loss", "calibration_error")),
         "rows": 0,
         "positives": 0,
     }
@@ -131,3 +141,27 @@ def test_binary_metrics_has_none_for_what_is_undefined():
 def test_binary_metrics_rejects_what_is_no_binary_prediction(labels, probabilities, message):
     with pytest.raises(ValueError, match=message):
         binary_metrics(np.array(labels), np.array(probabilities), np.zeros(2))
+
+
+def test_accuracy_by_hand():
+    metrics = binary_metrics(np.array([1, 0, 1, 0]), np.array([0.9, 0.6, 0.4, 0.1]), np.zeros(4))
+    assert metrics["accuracy"] == 0.5
+
+
+def test_regression_metrics_by_hand():
+    metrics = regression_metrics(np.array([1.0, 5.0]), np.array([2.0, 2.0]))
+    assert metrics == {"mse": 5.0, "rmse": math.sqrt(5.0), "mae": 2.0, "rows": 2}
+    assert regression_metrics(np.array([]), np.array([])) == {"mse": None, "rmse": None, "mae": None, "rows": 0}
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "message"),
+    [([1.0], [1.0, 2.0], r"one shape \(n,\). Received: \(1,\) and \(2,\)"), ([1.0], [np.nan], "must be finite")],
+)
+def test_regression_metrics_rejects_what_is_no_prediction(labels, values, message):
+    with pytest.raises(ValueError, match=message):
+        regression_metrics(np.array(labels), np.array(values))
+
+
+def test_cell():
+    assert [cell(value) for value in (0.5, 12345, None)] == ["0.5000", "12,345", "-"]

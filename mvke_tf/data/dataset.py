@@ -130,15 +130,10 @@ class Batches:
         epoch = seeds.flat_map(lambda value: self._epoch(self._order(tf.stack([tf.cast(seed, tf.int64), value]))))
         return epoch.apply(tf.data.experimental.assert_cardinality(self.steps)).prefetch(tf.data.AUTOTUNE)
 
-    def epochs(self, seed: int, first_epoch: int = 0) -> tf.data.Dataset:
-        """Endless epochs, whose order depends on the seed and the number of the epoch alone: what resuming needs.
-
-        Give `steps` to `model.fit(steps_per_epoch=...)`.
-        """
-        numbers = tf.data.Dataset.counter(first_epoch)
-        return numbers.flat_map(
-            lambda epoch: self._epoch(self._order(tf.stack([tf.cast(seed, tf.int64), epoch])))
-        ).prefetch(tf.data.AUTOTUNE)
+    def epoch(self, seed: int, number: int) -> tf.data.Dataset:
+        """One epoch, whose order depends on the seed and its number alone (what resuming needs), of known cardinality."""
+        order = self._order(tf.constant([seed, number], tf.int64))
+        return self._epoch(order).prefetch(tf.data.AUTOTUNE)
 
     def _order(self, seed: tf.Tensor) -> tf.Tensor:
         """A permutation of the pairs; with `distinct`, of the user states, whose pairs stay together."""

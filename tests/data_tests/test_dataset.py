@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import warnings
 
@@ -7,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from mvke_tf.data.dataset import Batches, PairData
+from mvke_tf.schema import Task
 
 PAIRS, STATES, ITEMS, BATCH = 103, 31, 17, 10
 STEPS = 11
@@ -95,8 +97,9 @@ def test_shuffled_holds_every_pair_once_per_epoch(data, distinct):
 @pytest.mark.parametrize("distinct", [False, True])
 def test_epochs_depend_on_seed_and_number_alone(data, distinct):
     batches = Batches(data, BATCH, distinct)
-    five = read(batches.epochs(seed=5).take(5 * STEPS))
-    resumed = read(Batches(data, BATCH, distinct).epochs(seed=5, first_epoch=3).take(2 * STEPS))
+    five = [batch for number in range(5) for batch in read(batches.epoch(5, number))]
+    again = Batches(data, BATCH, distinct)
+    resumed = [batch for number in (3, 4) for batch in read(again.epoch(5, number))]
     orders = [order(five[epoch * STEPS : (epoch + 1) * STEPS]) for epoch in range(5)]
     assert all(sorted(one) == list(range(PAIRS)) for one in orders)
     assert len(set(map(tuple, orders))) == 5
@@ -105,14 +108,14 @@ def test_epochs_depend_on_seed_and_number_alone(data, distinct):
             np.testing.assert_array_equal(inputs[name], resumed_inputs[name], err_msg=name)
         for name in labels:
             np.testing.assert_array_equal(labels[name], resumed_labels[name], err_msg=name)
-    assert order(read(batches.epochs(seed=6).take(STEPS))) != orders[0]
+    assert order(read(batches.epoch(6, 0))) != orders[0]
 
 
 @pytest.mark.parametrize("global_seed", [0, 1])
 def test_epochs_do_not_depend_on_the_global_seed(data, global_seed):
-    expected = order(read(Batches(data, BATCH).epochs(seed=5).take(STEPS)))
+    expected = order(read(Batches(data, BATCH).epoch(5, 0)))
     keras.utils.set_random_seed(global_seed)
-    assert order(read(Batches(data, BATCH).epochs(seed=5).take(STEPS))) == expected
+    assert order(read(Batches(data, BATCH).epoch(5, 0))) == expected
 
 
 def test_shuffling_is_no_mere_rotation(data):
@@ -131,7 +134,7 @@ def test_cardinality(data, pairs, batch_size, steps):
     assert batches.in_order().cardinality() == steps
     assert batches.shuffled(seed=0).cardinality() == steps
     assert len(read(batches.in_order())) == len(read(batches.shuffled(seed=0))) == steps
-    assert batches.epochs(seed=0).cardinality() < 0
+    assert batches.epoch(0, 0).cardinality() == steps
 
 
 def test_fit_for_two_epochs_does_not_run_out_of_data(data):
@@ -140,7 +143,7 @@ def test_fit_for_two_epochs_does_not_run_out_of_data(data):
     model = keras.Model(inputs, {"ctr": keras.layers.Dot(1, name="ctr")(vectors)})
     model.compile("sgd", {"ctr": keras.losses.BinaryCrossentropy(from_logits=True)})
     batches = Batches(data, BATCH)
-    for dataset, steps in ((batches.shuffled(seed=0), None), (batches.epochs(seed=0), STEPS)):
+    for dataset in (batches.shuffled(seed=0), batches.epoch(0, 0)):
         dataset = dataset.map(
             lambda inputs, labels: ({name: inputs[name] for name in ("user_id", "item_id")}, {"ctr": labels["ctr"]})
         )
@@ -148,7 +151,7 @@ def test_fit_for_two_epochs_does_not_run_out_of_data(data):
         count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs, seen=seen: seen.append(batch))
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="(?s).*ran out of data")
-            model.fit(dataset, epochs=2, steps_per_epoch=steps, callbacks=[count], shuffle=False, verbose=0)
+            model.fit(dataset, epochs=2, callbacks=[count], shuffle=False, verbose=0)
         assert seen == [*range(STEPS)] * 2
 
 
@@ -206,3 +209,35 @@ def test_errors(data):
         Batches(data, BATCH, distinct=True, pad=-8)
     with pytest.raises(ValueError, match=r"at least one pair.*Received: no pair"):
         Batches(data.take(np.arange(0)), BATCH)
+
+
+def test_weights_are_the_third_part_of_a_batch(data):
+    weight = np.arange(PAIRS) % 2
+    weighted = dataclasses.replace(data, weights={"ctr": weight})
+    chosen = weighted.take(np.arange(1, PAIRS))
+    assert list(chosen.weights["ctr"]) == list(weight[1:])
+    for _, labels, weights in Batches(chosen, BATCH).in_order():
+        assert labels.keys() == weights.keys() == {"pair", "ctr"}
+        assert weights["pair"].numpy().min() == 1.0
+        assert weights["ctr"].shape == labels["ctr"].shape
+    together = np.concatenate([weights["ctr"] for _, _, weights in Batches(chosen, BATCH).in_order()])[:, 0]
+    assert list(together) == list(weight[1:])
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "message"),
+    [
+        (Task("ctr"), 0.5, "binary task 'ctr' must be 0 or 1. Received: 1 others, such as 0.5"),
+        (Task("ctr", "regression", domain=(1, 5)), 6.0, r"in \[1, 5\]. Received: 1 others, such as 6.0"),
+        (Task("ctr", "regression"), np.nan, r"in \[-inf, inf\]. Received: 1 others, such as nan"),
+        (Task("like"), 1.0, r"Task 'like' has no labels. Received labels of: \['ctr', 'pair'\]"),
+    ],
+)
+def test_labels_outside_their_domain(data, task, label, message):
+    labels = np.ones(PAIRS)
+    labels[3] = label
+    wrong = dataclasses.replace(data, labels={**data.labels, "ctr": labels})
+    with pytest.raises(ValueError, match=message):
+        wrong.check_labels([task])
+    if task.name == "ctr":
+        dataclasses.replace(wrong, weights={"ctr": np.arange(PAIRS) != 3}).check_labels([task])

@@ -2,9 +2,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mvke_tf.config import DataConfig
+from mvke_tf.config import DataConfig, ModelConfig
 from mvke_tf.data.movielens import DataError, read_movielens
 from mvke_tf.data.prepared import Prepared, prepare, prepare_movielens, prepared_path
+from mvke_tf.schema import CTR_CVR, Task
 from tests.conftest import random_movielens
 
 CONFIG = DataConfig(history_length=4, neg_ratio=2)
@@ -104,3 +105,27 @@ def test_real_titles_go_with_their_items(movielens_folder):
     assert prepared.titles[row] == "Star Wars"
     assert len(prepared.pairs) == 100_000
     assert prepared.pairs["ctr"].sum() == (frames.ratings["rating"] >= 4).sum()
+
+
+def test_tasks_of_a_model(prepared):
+    tasks = prepared.schema_for(ModelConfig(tasks=("ctr", "cvr", "rating"), conversion="esmm")).tasks
+    known = prepared.pairs[(prepared.pairs["part"] == 0) & (prepared.pairs["rating"] > 0)]
+    mean = round(known["rating"].mean(), 4)
+    assert tasks == (Task("ctr"), Task("cvr", given="ctr"), Task("rating", "regression", offset=mean, domain=(1, 5)))
+    assert prepared.schema_for(ModelConfig()).tasks == CTR_CVR
+    assert prepared.schema_for(ModelConfig(tasks=("cvr",), conversion="clicked")).tasks == (Task("cvr"),)
+
+
+def test_pairs_without_a_label_have_no_weight(prepared):
+    part = prepared.part("train", ("ctr", "cvr", "rating"), clicked=True)
+    part.check_labels(prepared.schema_for(ModelConfig(tasks=("ctr", "cvr", "rating"))).tasks)
+    assert set(part.weights) == {"cvr", "rating"}
+    np.testing.assert_array_equal(part.weights["cvr"], part.labels["ctr"])
+    np.testing.assert_array_equal(part.weights["rating"] == 1, part.labels["rating"] > 0)
+    assert 0 < part.weights["rating"].sum() < len(part)
+    assert prepared.part("train").weights == {}
+
+
+def test_an_unknown_task(prepared):
+    with pytest.raises(ValueError, match=r"Expected some of ctr, cvr, rating. Received: \['like'\]"):
+        prepared.part("train", ("ctr", "like"))

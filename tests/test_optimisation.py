@@ -1,0 +1,224 @@
+"""Each option of training does what it says."""
+
+import csv
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+
+from mvke_tf.config import RunConfig, TrainingConfig
+from mvke_tf.losses import uncertainty_layer
+from mvke_tf.run import Run
+from mvke_tf.schema import Task
+from mvke_tf.training import build_optimizer, build_training_model, train_run
+from tests.layer_checks import assert_close
+from tests.models.problems import CONFIG, ITEMS, PAIRS, ROWS, SCHEMA, USERS, labels, numpy_outputs
+from tests.test_training import MODEL, TRAINING, assert_same_state, new_run, quiet, state  # noqa: F401
+
+# Without the user whose list is empty: his zero vector has no direction, and its gradients are nothing but rounding.
+CHOSEN = [0, 2, 3, 4, 5, 0]
+SIX = {name: column[CHOSEN] for name, column in PAIRS.items()}
+LABELS = {task: label[CHOSEN] for task, label in labels().items()}
+HALVES = [slice(0, 3), slice(3, 6)]
+
+
+def cut_rows(columns, rows):
+    return {name: column[rows] for name, column in columns.items()}
+
+
+# Nothing by chance but the first weights.
+PLAIN = dataclasses.replace(CONFIG, embedding_dropout_rate=0.0)
+
+
+def build(schema=SCHEMA, model=PLAIN, **settings):
+    """A plain and a compiled model, always of the same first weights."""
+    keras.utils.set_random_seed(0)
+    return build_training_model(RunConfig(model=model, training=TrainingConfig(**settings)), schema, steps_per_epoch=4)
+
+
+def weights_after(batches, **settings):
+    plain, model = build(**settings)
+    for rows in batches:
+        model.train_on_batch(cut_rows(SIX, rows), cut_rows(LABELS, rows))
+    return plain.get_weights()
+
+
+def gradients_after(batches, **settings):
+    """Gradients of one update, from Adam's first moments, a tenth of them (its update has little but their signs)."""
+    model = build(**settings)[1]
+    for rows in batches:
+        model.train_on_batch(cut_rows(SIX, rows), cut_rows(LABELS, rows))
+    moments = [keras.ops.convert_to_numpy(v) for v in model.optimizer.variables if "momentum" in v.path]
+    assert len(moments) == len(model.trainable_variables)
+    return [10 * moment for moment in moments]
+
+
+def assert_all_close(first, second, tolerance=1e-5):
+    for ours, theirs in zip(first, second, strict=True):
+        assert_close(ours, theirs, tolerance, floor=1e-6)
+
+
+def test_two_accumulated_half_batches_equal_one_whole_batch():
+    whole = gradients_after([slice(0, 6)])
+    assert max(np.abs(gradient).max() for gradient in whole) > 1e-2
+    assert_all_close(gradients_after(HALVES, accumulation_steps=2), whole)
+    assert not any(gradient.any() for gradient in gradients_after(HALVES[:1], accumulation_steps=2))
+    assert_all_close(weights_after(HALVES[:1], accumulation_steps=2), weights_after([]))
+
+
+def test_adamw_decays_the_weights():
+    start, adam, adamw = (
+        weights_after([slice(0, 6)] * steps, learning_rate=0.1, optimizer=optimizer, weight_decay=0.01)
+        for steps, optimizer in ((0, "adam"), (1, "adam"), (1, "adamw"))
+    )
+    assert_all_close(adamw, [new - 0.1 * 0.01 * old for new, old in zip(adam, start, strict=True)])
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_step_decay(accumulation_steps):
+    """Every 2 epochs of 10 batches, factor 0.8; the optimizer counts its updates."""
+    settings = TrainingConfig(
+        learning_rate=1.0,
+        learning_rate_decay=0.8,
+        learning_rate_decay_epochs=2,
+        accumulation_steps=accumulation_steps,
+    )
+    optimizer = build_optimizer(settings, steps_per_epoch=10)
+    optimizer.build([])
+    rates = []
+    for batch in (0, 19, 20, 39, 40):
+        optimizer._iterations.assign(batch)
+        rates.append(float(optimizer.learning_rate))
+    assert rates == pytest.approx([1.0, 1.0, 0.8, 0.8, 0.64])
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    def gradient_norm(**settings):
+        return np.sqrt(sum(np.sum(np.square(gradient)) for gradient in gradients_after([slice(0, 6)], **settings)))
+
+    free = gradient_norm()
+    assert free > 0.02
+    assert gradient_norm(clipnorm=0.01) == pytest.approx(0.01, rel=1e-3)
+    assert gradient_norm(clipnorm=100.0) == pytest.approx(free, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision(precision):
+    plain, model = build(precision=precision, learning_rate=0.01)
+    assert {variable.dtype for variable in plain.trainable_variables} == {"float32"}
+    assert plain.get_layer("virtual_kernel_experts").compute_dtype == precision.removeprefix("mixed_")
+    assert keras.config.dtype_policy().name == "float32"
+    outputs = numpy_outputs(plain, SIX)
+    assert {output.dtype for output in outputs.values()} == {np.dtype("float32")}
+    same = build()[0]
+    same.set_weights(plain.get_weights())
+    for task, output in numpy_outputs(same, SIX).items():
+        assert_close(outputs[task], output, 0.1)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == (precision == "mixed_float16")
+    losses = [float(model.train_on_batch(SIX, LABELS)[0]) for _ in range(30)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_xla_compiles_the_same_training_step():
+    assert build(xla=True)[1].jit_compile is True
+    assert build()[1].jit_compile is False
+    assert_all_close(gradients_after([slice(0, 6)], xla=True), gradients_after([slice(0, 6)]))
+
+
+def test_steps_per_execution_trains_the_same_in_fewer_calls():
+    class Calls(keras.callbacks.Callback):
+        count = 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.count += 1
+
+    weights, calls = [], []
+    for steps in (1, 3):
+        plain, model = build(steps_per_execution=steps)
+        counter = Calls()
+        model.fit(SIX, LABELS, batch_size=1, shuffle=False, verbose=0, callbacks=[counter])
+        weights.append(plain.get_weights())
+        calls.append(counter.count)
+    assert calls == [6, 2]
+    assert_all_close(weights[1], weights[0])
+
+
+def test_task_weights():
+    logs = build(task_weights=(2.0, 0.5))[1].evaluate(SIX, LABELS, return_dict=True, verbose=0)
+    assert logs["loss"] == pytest.approx(2.0 * logs["ctr_loss"] + 0.5 * logs["cvr_loss"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"a weight for each of the tasks \('ctr', 'cvr'\). Received: \(1.0,\)"):
+        RunConfig(training=TrainingConfig(task_weights=(1.0,)))
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_conversion_is_learned_from_clicked_rows_only(distinct):
+    schema = SCHEMA.with_tasks([Task("ctr"), Task("cvr", given="ctr")])
+    clicked = labels()["ctr"]
+    weights = {"ctr": np.ones_like(clicked), "cvr": clicked}
+    inputs = {**USERS, **ITEMS, **ROWS} if distinct else PAIRS
+    losses = {}
+    for conversion in ("clicked", "esmm"):
+        config = dataclasses.replace(PLAIN, conversion=conversion)
+        plain, model = build(schema, config, distinct=distinct)
+        outputs = {task: np.asarray(output, "float64") for task, output in numpy_outputs(model, inputs).items()}
+        losses[conversion] = [
+            float(loss)
+            for loss in (
+                model.loss[task](labels()[task], outputs[task], sample_weight=weights[task]) for task in ("ctr", "cvr")
+            )
+        ]
+        joint = numpy_outputs(plain, PAIRS)
+        click = 1 / (1 + np.exp(-outputs["ctr"]))
+        if conversion == "clicked":
+            given = 1 / (1 + np.exp(-outputs["cvr"]))
+            assert_close(1 / (1 + np.exp(-joint["cvr"])), click * given)
+            label = labels()["cvr"]
+            entropy = -label * np.log(given) - (1 - label) * np.log(1 - given)
+            assert losses["clicked"][1] == pytest.approx(entropy[clicked == 1].mean(), rel=1e-5)
+        else:
+            assert_close(outputs["cvr"], joint["cvr"])
+    assert losses["clicked"][0] == pytest.approx(losses["esmm"][0], rel=1e-5)
+
+
+def test_options_together_resume_bit_identically(new_run, monkeypatch):  # noqa: F811
+    """Three tasks, ESMM, uncertainty weights, accumulated float16 gradients: everything with a state of its own."""
+    model = dataclasses.replace(MODEL, tasks=("ctr", "cvr", "rating"), conversion="esmm")
+    options = {
+        **{"loss_weighting": "uncertainty", "accumulation_steps": 3, "optimizer": "adamw", "clipnorm": 1.0},
+        **{"precision": "mixed_float16", "steps_per_execution": 2, "learning_rate": 0.01},
+    }
+    unbroken = train_run(new_run("unbroken", model, **options), report=quiet)
+    broken = new_run("broken", model, **options)
+    real = Run.save_state
+
+    def interrupt(self, *args):
+        real(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save_state", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(broken, report=quiet)
+    monkeypatch.setattr(Run, "save_state", real)
+    train_run(broken, report=quiet)
+    assert_same_state(state(unbroken.run), state(broken))
+
+    with open(unbroken.run.log_file) as file:
+        rows = list(csv.DictReader(file))
+    names = [f"log_variance_{task}" for task in ("ctr", "cvr", "rating")]
+    logged = np.array([[float(row[name]) for name in names] for row in rows])
+    assert np.isfinite(logged).all() and (np.abs(np.diff(logged, axis=0)) > 1e-6).all()
+    assert {"val_rating_rmse", "val_rating_mae", "val_score", "val_cvr_auc"} <= set(rows[0])
+    kept = uncertainty_layer(unbroken.run.load_model()).by_task()
+    np.testing.assert_allclose(list(kept.values()), logged[unbroken.best_epoch - 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("tasks", [("rating",), ("ctr", "rating")])
+def test_ratings_are_learned(new_run, tasks):  # noqa: F811
+    settings = dataclasses.replace(TRAINING, epochs=6, batch_size=16, learning_rate=0.02)
+    model = dataclasses.replace(MODEL, tasks=tasks, dropout_rate=0.0)
+    result = train_run(new_run("a", model, **dataclasses.asdict(settings)), report=quiet)
+    errors = [epoch["rating_rmse" if len(tasks) > 1 else "rmse"] for epoch in result.history]
+    assert errors[-1] < 0.9 * errors[0]
+    if tasks == ("rating",):
+        assert result.best_epoch == 1 + int(np.argmin([epoch["val_rmse"] for epoch in result.history]))
