@@ -18,6 +18,8 @@ from mvke_tf.data.movielens import GENRES, MovieLens
 from mvke_tf.schema import CTR_CVR, WEIGHTS_SUFFIX, Feature, Schema, Task
 
 Table = dict[str, Any]
+# Kind of a raw feature to its TensorFlow dtype.
+RAW_DTYPES = {"integer": "int64", "string": "string", "number": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +238,7 @@ class Encoder:
         encoded = {}
         for feature in chosen:
             kind = {f.name: f for f in self.features}[feature.shares or feature.name].kind
-            values = tf.convert_to_tensor(table[feature.name], _RAW_DTYPES[kind])
+            values = tf.convert_to_tensor(table[feature.name], RAW_DTYPES[kind])
             layer = self.layers[feature.shares or feature.name]
             if kind == "number":
                 # Bucket 0 is left to "unknown".
@@ -279,9 +281,6 @@ class Encoder:
     def from_dict(cls, values: dict[str, Any]) -> Encoder:
         """Reads what `to_dict` wrote."""
         return cls(tuple(RawFeature(**f) for f in values["features"]), values["state"])
-
-
-_RAW_DTYPES = {"integer": "int64", "string": "string", "number": "float32"}
 
 
 def _encoding_layer(kind: str, state: list) -> keras.layers.Layer:
