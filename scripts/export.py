@@ -26,7 +26,7 @@ def main() -> None:
 
     path = export_run(Run.open(args.checkpoint_path, args.model), args.export_path, args.version)
     load = f"import tensorflow as tf; print(tf.saved_model.load({str(path.resolve())!r}).signatures['serving_default'])"
-    print(f"SavedModel: {path}   (its inputs and outputs: {path / 'signatures.json'})")
+    print(f"SavedModel: {path}   (signatures with their inputs and outputs: {path / 'signatures.json'})")
     print(f'Load it: python -c "{load}"')
 
 

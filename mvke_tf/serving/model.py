@@ -255,7 +255,8 @@ class Serving(tf.Module):
             scores = tf.tensor_scatter_nd_update(scores, places, tf.fill([tf.shape(places)[0]], -np.inf))
             scores, positions = tf.math.top_k(scores, tf.minimum(k, catalogue.size))
             remain = scores > -np.inf
-            predicted = predictions(self.model, {name: scores})[name]
+            # A float32 sigmoid may be off by one in the last bit, and then not fall where the scores do.
+            predicted = tf.cast(predictions(self.model, {name: tf.cast(scores, tf.float64)})[name], tf.float32)
             return tf.where(remain, positions, catalogue.size), tf.where(remain, predicted, 0.0)
 
         in_catalogue = left_out < catalogue.size

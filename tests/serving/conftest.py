@@ -4,6 +4,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from mvke_tf.config import DataConfig, ModelConfig, RunConfig
 from mvke_tf.data.prepared import prepare
@@ -36,6 +37,12 @@ def model(run) -> keras.Model:
 @pytest.fixture(scope="package")
 def exported(run) -> Path:
     return export_run(run)
+
+
+@pytest.fixture(scope="package")
+def signatures(exported):
+    """The signatures of the small run, loaded in this process."""
+    return tf.saved_model.load(exported).signatures
 
 
 @pytest.fixture(scope="package")

@@ -170,7 +170,7 @@ def test_gate_weights(run, model, serve):
         (
             "user_vectors",
             {"gender": [1]},
-            "must be string with 1 axes (user feature, string; an unseen value is legal)",
+            "must be string with 1 axes (user feature, string; an unseen",
         ),
         ("user_vectors", {"age": ["33"]}, "must be float32 with 1 axes (user feature, number; NaN means unknown)"),
         ("user_vectors", {"age": [None]}, "Received: object, for example None"),

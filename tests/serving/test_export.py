@@ -17,9 +17,8 @@ from mvke_tf.serving import export_run, export_saved_model
 from tests.conftest import REPOSITORY
 
 
-def test_signatures_json_describes_the_signatures(run, exported):
+def test_signatures_json_describes_the_signatures(run, exported, signatures):
     described = json.loads((exported / "signatures.json").read_text(encoding="utf-8"))
-    signatures = tf.saved_model.load(exported).signatures
     names = ["gate_weights", "item_vectors", "recommend", "score_ids", "serving_default", "user_vectors"]
     assert sorted(described["signatures"]) == sorted(signatures) == names
     for name, signature in signatures.items():
@@ -208,14 +207,17 @@ def test_script_refuses_bad_arguments_without_tensorflow(args):
     assert "error:" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_script_exports_and_says_how_to_load(run, tmp_path, monkeypatch, capsys):
+def test_script_exports_and_says_how_to_load(run, exported, tmp_path, monkeypatch, capsys, quick):
     args = ("--checkpoint_path", run.checkpoint, "--export_path", tmp_path / "export", "--model", "mvke")
-    assert script(monkeypatch, *args) == 0
-    assert (tmp_path / "export" / "1" / "signatures.json").is_file()
-    command = capsys.readouterr().out.splitlines()[-1].removeprefix("Load it: python ")
-    loaded = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True, timeout=300)
-    assert loaded.returncode == 0, loaded.stderr
-    assert "recent_items_weights" in loaded.stdout and "cvr" in loaded.stdout
+    assert script(monkeypatch, *args, "--version", 5) == 0
+    assert contents(tmp_path / "export" / "5") == WHOLE
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Load it: "))
+    assert command[:2] == ["python", "-c"] and str(tmp_path / "export" / "5") in command[2]
+    exec(command[2].replace(str(tmp_path / "export" / "5"), str(exported)), {})
+    loaded = capsys.readouterr().out
+    assert "recent_items_weights" in loaded and "cvr" in loaded
+    assert script(monkeypatch, *args, "--version", 5) == 2
+    assert "never overwritten" in capsys.readouterr().err
 
 
 def test_script_refuses_another_model(run, tmp_path, monkeypatch, capsys):

@@ -99,12 +99,11 @@ def test_a_wrong_dtype_is_refused(raw, serve, name, other):
     assert "Binding inputs to tf.function failed" in serve({**raw, name: raw[other]})
 
 
-def test_a_flat_list_is_named(raw, serve, exported):
+def test_a_flat_list_is_named(raw, serve, signatures):
     raw["recent_items"] = raw["item_id"]
     assert f"Can not cast TensorSpec(shape=({len(raw['item_id'])},), dtype=tf.int64, name='recent_items')" in serve(raw)
-    serve_tensors = tf.saved_model.load(exported).signatures["serving_default"]
     with pytest.raises(tf.errors.InvalidArgumentError, match="Shape of tensor recent_items"):
-        serve_tensors(**{name: tf.constant(column) for name, column in raw.items()})
+        signatures["serving_default"](**{name: tf.constant(column) for name, column in raw.items()})
 
 
 @pytest.mark.parametrize("name", ["item_id", "genres"])
