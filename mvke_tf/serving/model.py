@@ -165,7 +165,7 @@ class Serving(tf.Module):
         return Signature(
             f"Probability of each task for each of n users with m items each of the catalogue ({self.catalogue.size} "
             "items), as a ranker asks; one user with many items is n = 1. Of a regression task, the value. The item "
-            "vectors are stored: only the user tower runs.",
+            "vectors are stored: only the user tower runs. Takes the memory of the vectors of n x m items.",
             with_inputs(
                 features,
                 item_ids=Port(
