@@ -14,7 +14,7 @@ FLOORS = (
     {"layers", "losses", "metrics"},
     {"data", "figures", "models"},
     {"run"},
-    {"training", "evaluation", "serving"},
+    {"training", "evaluation", "serving", "analysis"},
     {"cli"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
