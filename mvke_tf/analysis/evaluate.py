@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from mvke_tf.analysis.study import BATCH_SIZE, as_pairs
+from mvke_tf.analysis.study import BATCH_SIZE, as_pairs, known_labels
 from mvke_tf.data.dataset import Batches
 from mvke_tf.metrics import binary_metrics
 from mvke_tf.models.two_tower import predictions, task_kinds, task_names
@@ -40,10 +40,11 @@ def evaluate_multitask_model(
         raise ValueError(f"The dataset lacks the labels of {missing}. Received: {sorted(pairs.labels)}")
     outputs = model.predict(Batches(pairs, batch_size).in_order(), verbose=0)
     users = pairs.users[user_feature][pairs.user_rows] if user_feature in pairs.users else pairs.user_rows
+    all_labels = known_labels(pairs)
     measured: Metrics = {}
     for task, values in predictions(model, outputs).items():
         predicted = ops.convert_to_numpy(values).astype(np.float64).reshape(-1)
-        labels = np.asarray(pairs.labels[task], np.float64)
+        labels = all_labels[task]
         known = np.isfinite(labels)
         measured[task] = (
             _regression(labels[known], predicted[known])

@@ -81,7 +81,10 @@ def analyze_run(
         raise DataError(f"The {part} part of the prepared data has no rows. Choose another part or another split.")
     user, user_row, known = user_state(prepared, part, user)
     report(f"Analysing {run.checkpoint} on {len(rows):,} impressions of the {part} part ...")
-    study = Study(model, prepared.part(part, task_names(model)))
+    tasks = task_names(model)
+    # Without a click task, a conversion learned on clicks is a probability given the click.
+    clicked = run.config.model.conversion == "clicked" and "ctr" not in tasks
+    study = Study(model, prepared.part(part, tasks, clicked=clicked))
     subject = Subject(
         study,
         movielens_groups(prepared),
@@ -92,7 +95,7 @@ def analyze_run(
         user_row,
         known,
         top,
-        f"Model {run.config.model.name}, tasks {', '.join(task_names(model))}, {len(rows):,} impressions of the {part} "
+        f"Model {run.config.model.name}, tasks {', '.join(tasks)}, {len(rows):,} impressions of the {part} "
         f"part ({run.config.data.protocol}, {run.config.data.split} split).",
     )
     chapters = [chapter(subject) for chapter in tqdm(chapters_of(model), desc="analysis", unit="chapter")]

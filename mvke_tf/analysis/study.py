@@ -73,7 +73,7 @@ class Study:
         self.source_users, self.user_rows = np.unique(pairs.user_rows, return_inverse=True)
         self.users: Table = {name: np.asarray(column)[self.source_users] for name, column in pairs.users.items()}
         self.items, self.item_rows = pairs.items, np.asarray(pairs.item_rows)
-        self.labels = pairs.labels
+        self.labels = known_labels(pairs)
         missing = sorted(set(_inputs(model)) - set(self.users) - set(self.items))
         if missing:
             raise ValueError(
@@ -303,6 +303,15 @@ def as_pairs(model: keras.Model, data: Any) -> PairData:
         tables.append({name: column[first] for name, column in table.items()})
         rows.append(inverse.astype(np.int32))
     return PairData(*tables, *rows, labels)
+
+
+def known_labels(pairs: PairData) -> Table:
+    """The labels of all pairs, `{task: (n,)}` float64; NaN where a pair has no label or weight 0."""
+    labels = {task: np.asarray(label, np.float64) for task, label in pairs.labels.items()}
+    return {
+        task: np.where(pairs.weights[task] == 0, np.nan, label) if task in pairs.weights else label
+        for task, label in labels.items()
+    }
 
 
 def _collect(model: keras.Model, data: Any) -> tuple[Table, Table]:

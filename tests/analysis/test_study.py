@@ -90,6 +90,11 @@ def test_labels_of_no_weight_are_undefined(make_model, pairs):
     collected = as_pairs(make_model("mvke"), tf.data.Dataset.from_tensors((PAIRS, labels, weights)))
     assert np.flatnonzero(np.isnan(collected.labels["cvr"])).tolist() == [1, 4]
     assert not np.isnan(collected.labels["ctr"]).any()
+    weighted = dataclasses.replace(pairs, weights=weights)
+    for source in (weighted, Batches(weighted, 3), Batches(weighted, 3).in_order()):
+        known = Study(make_model("mvke"), source).labels
+        np.testing.assert_array_equal(known["cvr"], collected.labels["cvr"])
+        np.testing.assert_array_equal(known["ctr"], pairs.labels["ctr"])
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,8 @@ def test_the_evidence(make_model, pairs):
     expert = np.argmax(np.abs(by_film["a"] - by_film["b"]))
     low, high = sorted(by_film, key=lambda name: by_film[name][expert])
     sentence = (
-        f"By film, the weight of expert {study.gates['cvr'].experts[expert]} runs from {by_film[low][expert]:.3f} ({low})"
-        f" to {by_film[high][expert]:.3f} ({high})."
+        f"By film, the weight of expert {study.gates['cvr'].experts[expert]} runs from "
+        f"{by_film[low][expert]:.3f} ({low}) to {by_film[high][expert]:.3f} ({high})."
     )
     assert sentence in found.evidence
     assert re.match(r"AUC [01]\.\d{4}; with the mean weights .* The most valuable expert is \d", found.evidence[-1])
