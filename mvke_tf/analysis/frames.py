@@ -96,7 +96,7 @@ def gate_entropy(study: Study) -> pd.DataFrame:
 
     Returns:
         One row per task with at least two experts: `task`, `experts`; `impression_entropy_bits`,
-        `mean_weight_entropy_bits`, `information_bits`; the same as shares of the maximum, log2 of the number of experts:
+        `mean_weight_entropy_bits`, `information_bits`; as shares of the maximum, log2 of the number of experts:
         `impression_entropy_share`, `mean_weight_entropy_share`, `information_share`; `largest_mean_weight`;
         `weight_deviation` (standard deviation of a weight over impressions, largest of all experts); `impressions`.
     """
