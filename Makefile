@@ -1,5 +1,6 @@
 # make train        from nothing to a trained, evaluated and exported model; MODEL, EPOCHS, BATCH_SIZE, SEED, RUN, ARGS
 # make test         lint and all tests
+# make browser      Debian's Chromium, in which a test looks at the page of scripts/analyze.py
 # make data         obtain and prepare MovieLens-100K
 # make tensorboard  follow the runs
 # make lint         ruff; `make format` mends what it can
@@ -22,7 +23,7 @@ ARGS ?=
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help setup data train test lint format tensorboard clean
+.PHONY: help setup data train test lint format tensorboard browser clean
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
@@ -54,8 +55,13 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-test: lint
-	$(PY) -m pytest
+test: lint browser
+	$(PY) -m pytest --numprocesses auto --dist loadfile
+
+# The one thing that pip does not have. The test itself installs nothing and says what is missing.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+		|| echo "warning: no chromium, and it could not be installed (as root: apt-get install chromium); its test will fail"
 
 tensorboard: setup
 	$(VENV)/bin/tensorboard --logdir runs

@@ -1,9 +1,11 @@
-"""The README is kept true: its Python runs, its files exist."""
+"""The README and the pages in docs/ are kept true: their Python runs, their files exist."""
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mvke_tf.config import DataConfig
@@ -11,8 +13,17 @@ from mvke_tf.data.prepared import Prepared, prepared_path
 from mvke_tf.serving import export_run
 from tests.conftest import REPOSITORY
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+PAGES = {path: path.read_text(encoding="utf-8") for path in [REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md")]}
+README = PAGES[REPOSITORY / "README.md"]
+SNIPPETS = [snippet for page in PAGES.values() for snippet in re.findall(r"```python\n(.*?)```", page, re.S)]
+
+
+def run_snippet(text: str, names: dict | None = None) -> dict:
+    """Executes the one snippet that holds `text`, and returns the names that it defines."""
+    (snippet,) = [snippet for snippet in SNIPPETS if text in snippet]
+    names = {} if names is None else names
+    exec(snippet, names)
+    return names
 
 
 @pytest.fixture
@@ -26,8 +37,7 @@ def small_data(tiny_run, tmp_path, monkeypatch):
 
 
 def test_own_script(small_data):
-    names = {}
-    exec(SNIPPETS[0], names)
+    names = run_snippet("build_mvke(prepared.schema")
     rows = len(Prepared.load(small_data).part_rows("test"))
     assert {task: weights.shape for task, weights in names["weights"].items()} == {"ctr": (rows, 3), "cvr": (rows, 4)}
     assert names["weights"]["cvr"].sum(axis=1) == pytest.approx(1.0)
@@ -35,8 +45,7 @@ def test_own_script(small_data):
 
 
 def test_own_schema():
-    names = {}
-    exec(SNIPPETS[1], names)
+    names = run_snippet('Task("purchase", kernels=')
     model = names["model"]
     assert list(model.output) == ["click", "install", "purchase"]
     assert model.get_layer("gate_purchase").kernels == (3, 4, 5)
@@ -44,21 +53,18 @@ def test_own_schema():
 
 
 def test_train(small_data):
-    names = {}
-    exec(SNIPPETS[2], names)
+    names = run_snippet("result = train(config")
     assert names["result"].run.checkpoint == Path("runs/from_python/best.keras")
     assert 0 < names["report"]["test"]["ctr"]["auc"] < 1
 
 
 def test_models():
-    names = {}
-    exec(SNIPPETS[3], names)
+    names = run_snippet("models = [build_model(")
     assert [model.name for model in names["models"]] == ["mvke", "mmoe", "cgc", "ple", "shared_bottom", "hard_sharing"]
 
 
 def test_dense_mmoe():
-    names = {}
-    exec(SNIPPETS[4], names)
+    names = run_snippet("return_expert_weights=True")
     assert {name: output.shape for name, output in names["model"].output.items()} == {
         **{"task_0": (None, 1), "task_1": (None, 1)},
         **{"task_0_expert_weights": (None, 3), "task_1_expert_weights": (None, 3)},
@@ -68,28 +74,51 @@ def test_dense_mmoe():
 
 def test_exported_model(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     export_run(tiny_run, Path("runs/mine/export"))
-    exec(SNIPPETS[5], {})
-    assert "'recent_items': tf.int64" in capsys.readouterr().out
-    assert len(SNIPPETS) == 6
+    names = run_snippet('signatures["recommend"]')
+    assert {task: values.shape for task, values in names["pair"].items()} == {"ctr": (1,), "cvr": (1,)}
+    assert {task: values.shape for task, values in names["scores"].items()} == {"ctr": (1, 3), "cvr": (1, 3)}
+    assert {task: weights.shape for task, weights in names["gates"].items()} == {"gate_ctr": (1, 3), "gate_cvr": (1, 4)}
+    probability = 1 / (1 + np.exp(-names["logit"].numpy()))
+    assert probability == pytest.approx(names["pair"]["ctr"].numpy(), abs=1e-6)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and all(re.fullmatch(r"0\.\d{3} Film \d+", line) for line in lines)
+    assert not any(line.endswith("Film 1") for line in lines)
+    run_snippet("from client import Client", names)
+    monkeypatch.delitem(sys.modules, "client")
+    scores, error = capsys.readouterr().out.splitlines()
+    assert np.fromstring(scores.strip("[]"), sep=" ") == pytest.approx(names["scores"]["ctr"][0].numpy(), abs=1e-6)
+    assert error.startswith(
+        "'age' must be float32 with 1 axes (user feature, number; NaN means unknown). Received: <U2"
+    )
 
 
-def test_nothing_is_left_to_fill_in():
-    assert not re.search(r"PLACEHOLDER|TODO|TBD|XXX", README)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_nothing_is_left_to_fill_in(path):
+    assert not re.search(r"PLACEHOLDER|TODO|TBD|XXX|@[A-Z]{3}|_TABLE\b", PAGES[path])
 
 
-def test_files_that_the_readme_names_exist():
-    named = set(re.findall(r"`((?:scripts|benchmarks|notebooks|tests|docs)/[\w/.]*)", README))
-    assert {"scripts/train.py", "scripts/evaluate.py", "benchmarks/train_throughput.py"} <= named
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_files_that_a_page_names_exist(path):
+    page = PAGES[path]
+    named = re.findall(r"`((?:scripts|benchmarks|notebooks|tests|docs)/[\w/.]*)", page)
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
-    assert [name for name in pictures if not (REPOSITORY / name).is_file()] == []
+    linked = [name.split("#")[0] for name in re.findall(r"\]\(([^)]+)\)", page) if "://" not in name]
+    assert [name for name in linked if name and not (path.parent / name).exists()] == []
 
 
 def test_every_script_is_in_the_readme():
     scripts = [*REPOSITORY.glob("scripts/*.py"), *REPOSITORY.glob("benchmarks/*.py")]
     assert scripts
     assert [path.name for path in scripts if path.name not in README] == []
+
+
+def test_every_snippet_is_run():
+    """By a test of this file."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    texts = [eval(text) for text in re.findall(r"run_snippet\(((?:\"[^\"]*\")|(?:'[^']*'))", source)]
+    assert [snippet for snippet in SNIPPETS if not any(text in snippet for text in texts)] == []
 
 
 def test_make_targets_that_the_readme_names_exist():

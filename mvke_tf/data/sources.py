@@ -151,7 +151,12 @@ def _install(download: _Download, data_dir: Path, expected_counts: Counts | None
                 with opened.open(member) as packed, open(extracted / Path(member).name, "wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
         movielens = read_movielens(extracted, expected_counts)
-        extracted.rename(target)
+        try:
+            extracted.rename(target)
+        except OSError:
+            # Another process was faster, and has put the same there.
+            if not target.is_dir():
+                raise
     return target, movielens
 
 
