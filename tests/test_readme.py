@@ -58,6 +58,21 @@ def test_train(small_data):
     assert 0 < names["report"]["test"]["ctr"]["auc"] < 1
 
 
+def test_three_tasks(small_data):
+    names = run_snippet('name="mmoe",')
+    assert set(names["report"]) == {"ctr", "cvr", "rating"}
+    assert 0.5 < names["report"]["rating"]["rmse"] < 3
+    first, second = names["log_variances"]
+    assert first != second and abs(second) < 1
+
+
+def test_uncertainty_weights():
+    names = run_snippet("model = with_uncertainty(plain)")
+    assert names["uncertainty_layer"](names["model"]).by_task() == {"click": 0.0, "purchase": 0.0, "stars": 0.0}
+    assert names["task_kinds"](names["plain"]) == {"click": "binary", "purchase": "binary", "stars": "regression"}
+    assert [loss.kind for loss in names["model"].loss.values()] == ["binary", "binary", "regression"]
+
+
 def test_models():
     names = run_snippet("models = [build_model(")
     assert [model.name for model in names["models"]] == ["mvke", "mmoe", "cgc", "ple", "shared_bottom", "hard_sharing"]
