@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import inspect
 import json
 import os
@@ -139,3 +140,14 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, received {text!r}")
     return value
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Does nothing if the modules of an optional extra are installed; imports none of them.
+
+    Raises:
+        ValueError: If one is missing; the message says how to install it.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(f"This needs {', '.join(missing)}. Install the extra: pip install '.[{extra}]'")

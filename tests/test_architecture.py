@@ -14,7 +14,8 @@ FLOORS = (
     {"layers", "losses", "metrics"},
     {"data", "figures", "models"},
     {"run"},
-    {"training", "evaluation", "serving", "analysis"},
+    {"training", "evaluation", "serving", "server", "onnx_export", "profiles", "analysis"},
+    {"comparison", "tuning", "synthetic_experiment"},
     {"cli"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
