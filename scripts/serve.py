@@ -42,6 +42,12 @@ def main() -> None:
     parser.add_argument("--max_request_mb", type=positive_int, default=8, help="longest request, MiB (default: 8)")
     parser.add_argument("--max_rows", type=positive_int, default=10_000, help="most rows of a request (default: 10000)")
     parser.add_argument(
+        "--max_values",
+        type=positive_int,
+        default=200_000,
+        help="most values of one input, such as rows x items to score (default: 200000)",
+    )
+    parser.add_argument(
         "--threads",
         type=positive_int,
         default=os.cpu_count() or 1,
@@ -66,11 +72,11 @@ def main() -> None:
     from mvke_tf.server.protocol import RequestError
 
     model = ServedModel(folder)
-    limits = Limits(args.max_request_mb * 2**20, args.max_rows, args.threads, args.max_waiting)
+    limits = Limits(args.max_request_mb * 2**20, args.max_rows, args.max_values, args.threads, args.max_waiting)
     example = model.example(model.default_signature)
     try:
         # The first call of a signature takes long.
-        answer(model, json.dumps(example).encode(), limits.rows)
+        answer(model, json.dumps(example).encode(), limits)
     except RequestError as error:
         print(f"The made-up example does not fit this model: {error}")
     for name, description in model.descriptions.items():

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "scripts" / "serve.py"
 PREDICT = "/v1/models/mvke:predict"
-LIMITS = Limits(request_bytes=200_000, rows=50)
+LIMITS = Limits(request_bytes=200_000, rows=50, values=1000)
 
 
 def vector(dtype, name, *shape):
@@ -94,16 +95,9 @@ def export_path(tmp_path_factory) -> Path:
     signatures = {name: getattr(toy, name) for name in ("half_plus_two", "top", "echo", "strange", "total")}
     signatures["serving_default"] = toy.score
     tf.saved_model.save(toy, str(folder / "7"), signatures=signatures)
-    (folder / "7" / "signatures.json").write_text(
-        json.dumps(
-            {
-                "serving_default": {
-                    "description": "scores",
-                    "inputs": {name: {"description": f"the {name}"} for name in ("user", "items", "items_weights")},
-                }
-            }
-        )
-    )
+    inputs = {name: {"description": f"the {name}"} for name in ("user", "items", "items_weights")}
+    described = {"serving_default": {"description": "scores", "inputs": inputs}, "top": "odd"}
+    (folder / "7" / DESCRIPTIONS_FILE).write_text(json.dumps(described))
     return folder
 
 
@@ -336,6 +330,10 @@ def malformed() -> dict[str, list[tuple[object, int]]]:
             ({**half, "inputs": [1.0] * 51}, 413),
             ({**half, "instances": [1.0] * 20_000}, 413),
         ],
+        "too many values": [
+            (changed(items=[1] * 1001, items_weights=[1] * 1001), 413),
+            ({"inputs": {**{name: value * 50 for name, value in columns.items()}, "items": [[1] * 21] * 50}}, 413),
+        ],
         "too long": [
             (" " * 200_001, 413),
             (body + " " * 200_000, 413),
@@ -539,6 +537,25 @@ def test_a_taken_port_says_what_to_do():
         assert url(first) == f"http://127.0.0.1:{port}"
         with pytest.raises(OSError, match=f"choose another --port: '127.0.0.1:{port}'"):
             bind("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"model": "mvke", "signatures": {"top": {"description": "best"}}}', "best"),
+        ('{"top": {"description": "best"}}', "best"),
+        ('["top"]', ""),
+    ],
+)
+def test_descriptions_are_taken_where_there_are_any(export_path, tmp_path, text, expected):
+    folder = Path(shutil.copytree(export_path / "7", tmp_path / "7"))
+    (folder / DESCRIPTIONS_FILE).write_text(text)
+    assert ServedModel(folder).descriptions == dict.fromkeys(("echo", "half_plus_two", "serving_default"), "") | {
+        **{"strange": "", "top": expected, "total": ""}
+    }
+    (folder / DESCRIPTIONS_FILE).write_text("{")
+    with pytest.raises(ValueError, match=r"signatures\.json cannot be read"):
+        ServedModel(folder)
 
 
 def test_the_example_is_a_command_that_works(client, model):

@@ -37,7 +37,8 @@ class Limits:
 
     Args:
         request_bytes: Longest body.
-        rows: Most rows of a request.
+        rows: Most rows of a request. What a row costs depends on the model: `recommend` scores its whole catalogue.
+        values: Most values of one input, for example rows x items to score.
         threads: Requests that are computed at the same time.
         waiting: Requests that may be under way beyond those; one more is sent away with 503.
         body_seconds: Longest time that a body may take to arrive.
@@ -45,6 +46,7 @@ class Limits:
 
     request_bytes: int = 8 * 2**20
     rows: int = 10_000
+    values: int = 200_000
     threads: int = os.cpu_count() or 1
     waiting: int = 256
     body_seconds: float = 30.0
@@ -85,14 +87,14 @@ def create_app(model: Model, name: str = "mvke", limits: Limits | None = None) -
     return app
 
 
-def answer(model: Model, body: bytes, max_rows: int) -> bytes:
+def answer(model: Model, body: bytes, limits: Limits) -> bytes:
     """The body of the answer to the body of a `predict` request.
 
     Raises:
         RequestError: If the request cannot be answered.
     """
     request = parse_request(body)
-    arrays = read_arrays(request, model.inputs(request.signature), max_rows)
+    arrays = read_arrays(request, model.inputs(request.signature), limits.rows, limits.values)
     return write_answer(model.predict(request.signature, arrays), request.by_rows)
 
 
@@ -110,7 +112,7 @@ class _Endpoints:
         try:
             body = await self._body(request)
             # In a thread, parsing included: the event loop goes on reading, answering and refusing.
-            return _json(await to_thread.run_sync(answer, self.model, body, self.limits.rows, limiter=self._threads))
+            return _json(await to_thread.run_sync(answer, self.model, body, self.limits, limiter=self._threads))
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:

@@ -51,11 +51,9 @@ class ServedModel:
         if not self._functions:
             raise ValueError(f"Expected a SavedModel with signatures. Received: {self.folder}, which has none")
         described = self._descriptions()
-        self.descriptions = {
-            name: str(described.get(name, {}).get("description", "")) for name in sorted(self._functions)
-        }
+        self.descriptions = {name: _text(_entry(described, name)) for name in sorted(self._functions)}
         self._inputs = {
-            name: _input_specs(function, described.get(name, {}).get("inputs", {}))
+            name: _input_specs(function, _entry(_entry(described, name), "inputs"))
             for name, function in self._functions.items()
         }
 
@@ -64,9 +62,11 @@ class ServedModel:
         if not path.is_file():
             return {}
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            described = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}. Export again, or delete it") from error
+        described = described if isinstance(described, dict) else {}
+        return _entry(described, "signatures") or described
 
     @property
     def default_signature(self) -> str:
@@ -134,6 +134,16 @@ class ServedModel:
         return {**request, "instances": [{name: column[0] for name, column in columns.items()}]}
 
 
+def _entry(described: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of what `signatures.json` says; nothing where it says nothing that can be used."""
+    entry = described.get(name)
+    return entry if isinstance(entry, dict) else {}
+
+
+def _text(described: Mapping[str, Any]) -> str:
+    return str(described.get("description", ""))
+
+
 def _input_specs(function: Any, described: Mapping[str, Any]) -> dict[str, InputSpec]:
     specs = function.structured_input_signature[1]
     # In the order of signatures.json where there is one: users first, and lists beside their weights.
@@ -143,7 +153,7 @@ def _input_specs(function: Any, described: Mapping[str, Any]) -> dict[str, Input
             name,
             specs[name].dtype.name,
             None if specs[name].shape.rank is None else tuple(specs[name].shape),
-            str(described.get(name, {}).get("description", "")),
+            _text(_entry(described, name)),
         )
         for name in sorted(specs, key=lambda name: (order.get(name, len(order)), name))
     }

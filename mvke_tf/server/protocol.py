@@ -146,13 +146,16 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def read_arrays(request: PredictRequest, inputs: Mapping[str, InputSpec], max_rows: int) -> dict[str, np.ndarray]:
+def read_arrays(
+    request: PredictRequest, inputs: Mapping[str, InputSpec], max_rows: int, max_values: int
+) -> dict[str, np.ndarray]:
     """The inputs of a signature, of exactly their dtypes, ranks and fixed sizes.
 
     Args:
         request: The request.
         inputs: What the signature takes.
         max_rows: Most rows.
+        max_values: Most values of one input, for example rows x slots.
 
     Raises:
         RequestError: If an input is missing, unknown, or not what the signature takes; the message says which and
@@ -165,7 +168,7 @@ def read_arrays(request: PredictRequest, inputs: Mapping[str, InputSpec], max_ro
     for name, spec in inputs.items():
         if isinstance(columns[name], list) and len(columns[name]) > max_rows:
             _too_many(len(columns[name]), max_rows)
-        arrays[name] = _array(spec, columns[name], request.by_rows)
+        arrays[name] = _array(spec, columns[name], request.by_rows, max_values)
     return arrays
 
 
@@ -226,7 +229,7 @@ def _check_names(values: Mapping[str, Any], inputs: Mapping[str, InputSpec], whe
         raise RequestError(f"{where} must have the inputs {sorted(inputs)} only. Received also: {_quoted(extra)}")
 
 
-def _array(spec: InputSpec, value: Any, by_rows: bool) -> np.ndarray:
+def _array(spec: InputSpec, value: Any, by_rows: bool, max_values: int) -> np.ndarray:
     """A nested list as an array, level by level."""
     flat, shape = [value], []
     while len(shape) < len(spec.shape) if spec.shape is not None else flat and isinstance(flat[0], list):
@@ -247,6 +250,12 @@ def _array(spec: InputSpec, value: Any, by_rows: bool) -> np.ndarray:
             )
         shape.append(size)
         flat = list(itertools.chain.from_iterable(flat))
+        if len(flat) > max_values:
+            raise RequestError(
+                f"At most {max_values} values of one input in a request; send several. "
+                f"Received: {len(flat)} values of {spec.name!r}",
+                413,
+            )
     kind = _KINDS.get(spec.dtype)
     if kind is None:
         raise RequestError(f"JSON has no values for the input {spec}. Use another signature. Received: a value", 501)
