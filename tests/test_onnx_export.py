@@ -55,7 +55,7 @@ def small_model(run: Run, name: str, tasks: tuple[Task, ...]) -> keras.Model:
     keras.utils.set_random_seed(1)
     features = [feature for feature in run.prepared.schema.features if feature.name in FEATURES]
     features = [dataclasses.replace(feature, unknown_group=None) for feature in features]
-    return build_model(name, Schema(features, tasks), ModelConfig(name=name, num_experts=3, **SMALL))
+    return build_model(name, Schema(features, tasks), ModelConfig(name=name, num_experts=4, **SMALL))
 
 
 def run_onnx(path: Path, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

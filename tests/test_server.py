@@ -26,7 +26,7 @@ from mvke_tf.cli import require_extra
 from mvke_tf.server.app import Limits, create_app
 from mvke_tf.server.model import DESCRIPTIONS_FILE, ServedModel
 from mvke_tf.server.process import bind, curl, newest_version, url
-from mvke_tf.serving import SIGNATURES_FILE, export_run
+from mvke_tf.serving import SIGNATURES_FILE, export_saved_model
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "scripts" / "serve.py"
@@ -566,8 +566,8 @@ def test_the_example_is_a_command_that_works(client, model):
     assert answer(client, model.example("echo"))["predictions"][0]["pair"] == [1.0, 1.0]
 
 
-def test_an_exported_run_answers_as_its_saved_model(tiny_run):
-    folder = export_run(tiny_run)
+def test_an_exported_model_answers_as_its_saved_model(tiny_run, tmp_path):
+    folder = export_saved_model(tiny_run.load_model(), tiny_run.prepared.encoder, tmp_path / "export")
     assert DESCRIPTIONS_FILE == SIGNATURES_FILE
     prepared = tiny_run.prepared
     pairs = prepared.pairs.iloc[prepared.part_rows("test")][:40]
