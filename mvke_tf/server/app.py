@@ -16,7 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from mvke_tf.server.protocol import InputSpec, RequestError, parse_request, read_arrays, write_answer, write_error
+from mvke_tf.server.answers import write_answer, write_error
+from mvke_tf.server.protocol import InputSpec, RequestError, parse_request, read_arrays
 
 CLIENT_CLOSED_REQUEST = 499
 
