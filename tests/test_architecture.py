@@ -11,10 +11,11 @@ from tests.conftest import REPOSITORY
 FLOORS = (
     {"config", "files"},
     {"schema"},
-    {"layers", "losses", "metrics"},
+    {"layers", "losses", "metrics", "statistics", "vector_index"},
     {"data", "figures", "models"},
-    {"run"},
-    {"training", "evaluation", "serving", "server", "onnx_export", "profiles", "analysis"},
+    {"exact", "run"},
+    {"training", "evaluation", "baselines", "serving", "server", "onnx_export", "profiles", "analysis"},
+    {"finished_runs", "comparison_tables"},
     {"comparison", "tuning", "synthetic_experiment"},
     {"cli"},
 )
