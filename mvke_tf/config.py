@@ -104,6 +104,11 @@ class ModelConfig:
         num_experts: Number E of experts (MMoE, CGC; PLE has so many per level).
         num_levels: Levels of extraction (PLE).
         shared_experts: Whether one network serves as expert of all virtual kernels (MVKE).
+        gate_top_k: Experts (MVKE: virtual kernels) that keep gate weight in each row, those with the highest scores; 0
+            keeps all. For mixtures of experts.
+        balance_coefficient: Coefficient of the training loss that evens out the use of experts, for every gate the
+            squared coefficient of variation of the experts' total weight in a batch; 0 leaves it out. For mixtures of
+            experts.
         dropout_rate: Dropout after every hidden layer.
         embedding_dropout_rate: Dropout of the field embeddings.
         kernel_stddev: Standard deviation of the first virtual kernels; published: 0.01.
@@ -121,6 +126,8 @@ class ModelConfig:
     num_experts: int = 10
     num_levels: int = 2
     shared_experts: bool = False
+    gate_top_k: int = 0
+    balance_coefficient: float = 0.0
     dropout_rate: float = 0.3
     embedding_dropout_rate: float = 0.2
     kernel_stddev: float = 0.01
@@ -147,6 +154,8 @@ class ModelConfig:
         _check(self, "num_virtual_kernels", self.num_virtual_kernels >= 1, "at least 1")
         _check(self, "num_experts", self.num_experts >= 1, "at least 1")
         _check(self, "num_levels", self.num_levels >= 1, "at least 1")
+        _check(self, "gate_top_k", self.gate_top_k >= 0, "0 (all experts) or more")
+        _check(self, "balance_coefficient", self.balance_coefficient >= 0, "0 or more")
         _check(self, "dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
         _check(self, "embedding_dropout_rate", 0 <= self.embedding_dropout_rate < 1, "in [0, 1)")
         _check(self, "kernel_stddev", self.kernel_stddev > 0, "positive")

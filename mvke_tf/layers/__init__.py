@@ -2,7 +2,7 @@
 
 from mvke_tf.layers.embedding import FieldEmbedding, ReplaceByUnknown
 from mvke_tf.layers.experts import Experts, SelectExperts
-from mvke_tf.layers.gates import ExpertGate, MixExperts, VirtualKernelGate
+from mvke_tf.layers.gates import ExpertGate, GateSoftmax, MixExperts, VirtualKernelGate
 from mvke_tf.layers.rows import GatherRows, JointLogit, RegressionHead, RowDot
 from mvke_tf.layers.virtual_kernels import VirtualKernelAttention, VirtualKernels
 
@@ -10,6 +10,7 @@ __all__ = [
     "ExpertGate",
     "Experts",
     "FieldEmbedding",
+    "GateSoftmax",
     "GatherRows",
     "JointLogit",
     "MixExperts",

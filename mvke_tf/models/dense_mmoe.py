@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import keras
 
-from mvke_tf.layers import ExpertGate, Experts, MixExperts
+from mvke_tf.layers import ExpertGate, Experts, GateSoftmax, MixExperts
 
 
 def _mlp(x, widths: Sequence[int], dropout_rate: float, name: str):
@@ -15,6 +15,30 @@ def _mlp(x, widths: Sequence[int], dropout_rate: float, name: str):
         if dropout_rate:
             x = keras.layers.Dropout(dropout_rate, name=f"{name}_dropout_{index}")(x)
     return x
+
+
+def _own_experts(inputs, experts: Sequence[keras.Layer]):
+    """The outputs of the caller's experts, `(B, E, O)`."""
+    if len({id(expert) for expert in experts}) != len(experts):
+        raise ValueError(f"Every expert must be a layer of its own. Received: {[expert.name for expert in experts]}")
+    outputs = [expert(inputs) for expert in experts]
+    shapes = [tuple(output.shape) for output in outputs]
+    if any(len(shape) != 2 or shape[1] is None for shape in shapes) or len(set(shapes)) != 1:
+        described = dict(zip([expert.name for expert in experts], shapes, strict=True))
+        raise ValueError(f"Every expert must put out (B, O), with one width O for all. Received: {described}")
+    rows = [keras.layers.Reshape((1, -1), name=f"expert_{index}")(output) for index, output in enumerate(outputs)]
+    return keras.layers.Concatenate(axis=1, name="experts")(rows)
+
+
+def _own_gate(inputs, gate: keras.Layer, num_experts: int, name: str, top_k: int, balance: float):
+    """The weights `(B, E)` of the caller's gate, which gives scores."""
+    scores = gate(inputs)
+    if tuple(scores.shape[1:]) != (num_experts,):
+        raise ValueError(
+            f"A gate must put out one score per expert, (B, {num_experts}). "
+            f"Received: {tuple(scores.shape)} from {gate.name!r}"
+        )
+    return GateSoftmax(top_k, balance, name=name)(scores)
 
 
 def build_mmoe(
@@ -27,12 +51,20 @@ def build_mmoe(
     dropout_rate: float = 0.1,
     task_output_dims: Sequence[int] | None = None,
     return_expert_weights: bool = False,
+    experts: Sequence[keras.Layer] | None = None,
+    gates: Sequence[keras.Layer] | None = None,
+    gate_top_k: int = 0,
+    balance_coefficient: float = 0.0,
 ) -> keras.Model:
     """MMoE on dense features: experts, one gate per task, one tower per task.
 
     Every layer of an expert is relu (the last width of `expert_hidden_dims` is the experts' output), a gate is
     softmax of a linear layer, after an MLP where `gate_hidden_dims` is given, and a tower is a relu MLP with a linear
     output: a logit for a classification task, a value for a regression task. Which it is, the loss decides.
+
+    Experts and gates may be layers of the caller's own, which become part of the model: any Keras layer, such as
+    `mvke_tf.layers.ConvolutionalExpert` and `mvke_tf.layers.AttentionGate`. A class of one's own needs
+    `keras.saving.register_keras_serializable`, so that the model can be loaded.
 
     Args:
         input_dim: Width I of the input.
@@ -44,13 +76,20 @@ def build_mmoe(
         dropout_rate: Dropout after every hidden layer of experts, gates and towers.
         task_output_dims: Output width of each task; 1 each by default.
         return_expert_weights: Whether the model also returns the gate weights.
+        experts: Layers from `(B, input_dim)` to `(B, O)`, in place of `num_experts` MLPs of `expert_hidden_dims`.
+        gates: One layer per task, from `(B, input_dim)` to scores `(B, E)`, of which the weights are the softmax. The
+            same layer for all tasks makes the one-gate MoE of the paper (OMoE).
+        gate_top_k: Experts that keep weight in each row, those with the highest scores; 0 keeps all.
+        balance_coefficient: Coefficient of the training loss that evens out the use of experts, once per task (see
+            `mvke_tf.layers.GateSoftmax`); 0 leaves it out.
 
     Returns:
         A model from `(B, input_dim)` to `{"task_0": (B, task_output_dims[0]), ...}`; with `return_expert_weights` also
         `"task_0_expert_weights": (B, E)`, which sum to 1 over the experts, and so on.
 
     Raises:
-        ValueError: If there is no task or expert layer, or `task_output_dims` has another length.
+        ValueError: If there is no task or expert layer, `task_output_dims` or `gates` has another length than there
+            are tasks, experts or gates put out other shapes, or `gate_top_k` is above the number of experts.
 
     Example:
 
@@ -60,26 +99,40 @@ def build_mmoe(
 
     Reference: Ma et al., KDD 2018, equations 6 and 7.
     """
-    if num_tasks < 1 or not expert_hidden_dims:
+    if num_tasks < 1 or not (expert_hidden_dims if experts is None else experts):
         raise ValueError(
-            "MMoE needs at least one task and one layer per expert. "
-            f"Received: num_tasks={num_tasks}, expert_hidden_dims={tuple(expert_hidden_dims)}"
+            "MMoE needs at least one task, one expert and one layer per expert. "
+            f"Received: num_tasks={num_tasks}, expert_hidden_dims={tuple(expert_hidden_dims)}, experts={experts}"
+        )
+    if gates is not None and len(gates) != num_tasks:
+        raise ValueError(f"Expected a gate for each of the {num_tasks} tasks. Received: {len(gates)}")
+    if gates is not None and gate_hidden_dims is not None:
+        raise ValueError(
+            "`gate_hidden_dims` shapes the gates made here; leave it out with gates of your own. "
+            f"Received: {tuple(gate_hidden_dims)}"
         )
     output_dims = (1,) * num_tasks if task_output_dims is None else tuple(task_output_dims)
     if len(output_dims) != num_tasks:
         raise ValueError(f"Expected an output width for each of the {num_tasks} tasks. Received: {output_dims}")
     inputs = keras.Input((input_dim,), name="features")
-    *hidden, units = expert_hidden_dims
-    experts = Experts(num_experts, hidden, units, dropout_rate=dropout_rate, output_activation="relu", name="experts")(
-        inputs
-    )
+    if experts is None:
+        *hidden, units = expert_hidden_dims
+        expert_outputs = Experts(
+            num_experts, hidden, units, dropout_rate=dropout_rate, output_activation="relu", name="experts"
+        )(inputs)
+    else:
+        expert_outputs = _own_experts(inputs, experts)
     outputs, weights = {}, {}
-    everything = tuple(range(num_experts))
+    everything = tuple(range(expert_outputs.shape[1]))
     for index, output_dim in enumerate(output_dims):
         task = f"task_{index}"
-        gate_input = _mlp(inputs, gate_hidden_dims or (), dropout_rate, f"gate_hidden_{task}")
-        gate = ExpertGate(everything, name=f"gate_{task}")(gate_input)
-        mixed = MixExperts(everything, name=f"mixture_{task}")(experts, gate)
+        sparse = {"name": f"gate_{task}", "top_k": gate_top_k, "balance": balance_coefficient}
+        if gates is None:
+            gate_input = _mlp(inputs, gate_hidden_dims or (), dropout_rate, f"gate_hidden_{task}")
+            gate = ExpertGate(everything, **sparse)(gate_input)
+        else:
+            gate = _own_gate(inputs, gates[index], len(everything), **sparse)
+        mixed = MixExperts(everything, name=f"mixture_{task}")(expert_outputs, gate)
         tower = _mlp(mixed, tower_hidden_dims, dropout_rate, f"tower_{task}")
         outputs[task] = keras.layers.Dense(output_dim, name=task, dtype="float32")(tower)
         weights[f"{task}_expert_weights"] = gate

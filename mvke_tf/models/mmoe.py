@@ -13,6 +13,7 @@ import keras
 
 from mvke_tf.config import ModelConfig
 from mvke_tf.layers import ExpertGate, Experts, MixExperts
+from mvke_tf.layers.gates import check_top_k
 from mvke_tf.models.two_tower import USER_VECTOR, Vectors, build_two_tower, tag_vectors
 from mvke_tf.schema import Schema, Task
 
@@ -43,7 +44,9 @@ def cgc_experts(num_tasks: int, num_experts: int) -> tuple[tuple[int, ...], ...]
     return tuple((*range(t * own, (t + 1) * own), *shared) for t in range(num_tasks))
 
 
-def mixture(inputs: Any, outputs: Any, experts: Sequence[int], gate: str, name: str, stddev: float = 0.01) -> Any:
+def mixture(
+    inputs: Any, outputs: Any, experts: Sequence[int], gate: str, name: str, top_k: int = 0, balance: float = 0.0
+) -> Any:
     """The mixture of experts that one task sees, with a linear softmax gate on `inputs`.
 
     Args:
@@ -52,13 +55,25 @@ def mixture(inputs: Any, outputs: Any, experts: Sequence[int], gate: str, name: 
         experts: Indices of the experts; a single one needs no gate, its output is returned.
         gate: Name of the gate's layer.
         name: Name of the layer that puts the mixture out.
-        stddev: Standard deviation of the gate's first weights.
+        top_k: Experts that keep weight in each row; 0 for all.
+        balance: Coefficient of the loss that evens out the use of experts.
 
     Returns:
         `(B, O)`.
+
+    Raises:
+        ValueError: If there are fewer experts than `top_k`.
     """
+    check_top_k(top_k, len(experts))
     mix = MixExperts(experts, name=name)
-    return mix(outputs) if len(experts) == 1 else mix(outputs, ExpertGate(experts, stddev, name=gate)(inputs))
+    if len(experts) == 1:
+        return mix(outputs)
+    return mix(outputs, ExpertGate(experts, top_k=top_k, balance=balance, name=gate)(inputs))
+
+
+def gate_settings(config: ModelConfig) -> dict[str, Any]:
+    """What `mixture` takes from the settings of a model."""
+    return {"top_k": config.gate_top_k, "balance": config.balance_coefficient}
 
 
 def _one_level(user_fields: Any, tasks: Sequence[Task], config: ModelConfig, seen: Sequence[Sequence[int]]) -> Vectors:
@@ -72,7 +87,12 @@ def _one_level(user_fields: Any, tasks: Sequence[Task], config: ModelConfig, see
     )(flat)
     return {
         task.name: mixture(
-            flat, outputs, task.experts or default, f"gate_{task.name}", USER_VECTOR.format(task=task.name)
+            flat,
+            outputs,
+            task.experts or default,
+            f"gate_{task.name}",
+            USER_VECTOR.format(task=task.name),
+            **gate_settings(config),
         )
         for task, default in zip(tasks, seen, strict=True)
     }
@@ -114,6 +134,7 @@ def ple_towers(
     """
     seen = cgc_experts(len(tasks), config.num_experts)
     own = own_experts(len(tasks), config.num_experts)
+    settings = gate_settings(config)
     sizes = {f"task_{task.name}": own for task in tasks} | {"shared": config.num_experts - len(tasks) * own}
     flat = keras.layers.Flatten(name="user_flat")(user_fields)
     below = dict.fromkeys(sizes, flat)
@@ -133,12 +154,19 @@ def ple_towers(
         if level == config.num_levels:
             break
         below = {
-            group: mixture(below[group], outputs, chosen, f"gate_{level}_{group}", f"mixture_{level}_{group}")
+            group: mixture(
+                below[group], outputs, chosen, f"gate_{level}_{group}", f"mixture_{level}_{group}", **settings
+            )
             for group, chosen in zip(sizes, (*seen, range(config.num_experts)), strict=True)
         }
     user_vectors = {
         task.name: mixture(
-            below[f"task_{task.name}"], outputs, chosen, f"gate_{task.name}", USER_VECTOR.format(task=task.name)
+            below[f"task_{task.name}"],
+            outputs,
+            chosen,
+            f"gate_{task.name}",
+            USER_VECTOR.format(task=task.name),
+            **settings,
         )
         for task, chosen in zip(tasks, seen, strict=True)
     }

@@ -59,7 +59,9 @@ def mvke_towers(
     user_vectors, item_vectors = {}, {}
     for task, default in zip(tasks, default_kernels(len(tasks), num_kernels), strict=True):
         tag = tags[task.name]
-        gate = VirtualKernelGate(task.kernels or default, name=f"gate_{task.name}")(tag, kernels)
+        gate = VirtualKernelGate(
+            task.kernels or default, config.gate_top_k, config.balance_coefficient, name=f"gate_{task.name}"
+        )(tag, kernels)
         scaled = keras.layers.Multiply(name=f"gated_tag_{task.name}")(
             [
                 keras.layers.Reshape((-1, 1), name=f"gate_column_{task.name}")(gate),
@@ -79,7 +81,7 @@ def build_mvke(schema: Schema, config: ModelConfig | None = None) -> keras.Model
         config: Shape of the model.
 
     Raises:
-        ValueError: If a task names a kernel that does not exist.
+        ValueError: If a task names a kernel that does not exist, or sees fewer kernels than `gate_top_k`.
 
     Example:
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from mvke_tf.layers import ExpertGate, MixExperts, VirtualKernelGate
-from tests.layer_checks import BATCH, assert_close, check_layer, loss_and_gradients
+from mvke_tf.layers import ExpertGate, GateSoftmax, MixExperts, VirtualKernelGate
+from tests.layer_checks import BATCH, assert_close, check_layer, compiled, loss_and_gradients
 
 K, D = 5, 4
 TAG = np.random.default_rng(0).normal(size=(BATCH, D)).astype("float32")
@@ -94,3 +94,103 @@ def test_mix_experts_rejects_another_number_of_weights():
         MixExperts((0, 1))(OUTPUTS, np.ones((BATCH, 3), "float32"))
     with pytest.raises(ValueError, match=r"a gate weight for each of the 2 experts. Received: 1"):
         MixExperts((0, 1))(OUTPUTS)
+
+
+SCORES = np.array(
+    [[0.0, 2.0, 1.0, -1.0], [3.0, 3.0, 3.0, 3.0], [1.0, 0.0, 1.0, 1.0], [-5.0, -6.0, -7.0, -4.0]], "float32"
+)
+# The two highest scores of each row, of equal ones those that come first.
+KEPT = np.array([[0, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]], bool)
+
+
+@pytest.mark.parametrize("top_k", [None, 0, 2, 4])
+def test_gate_softmax_layer(top_k, tmp_path):
+    scores = np.random.default_rng(4).normal(size=(BATCH, 4)).astype("float32")
+    check_layer(GateSoftmax(top_k, balance=0.5), [scores], {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "weights"),
+    [
+        (ExpertGate((0, 2, 3), 1.0, 0, top_k=2, balance=0.1), [TAG], {"dense/kernel": (D, 3), "dense/bias": (3,)}),
+        (VirtualKernelGate((0, 2, 3), top_k=2, balance=0.1), [TAG, KERNELS], {}),
+    ],
+)
+def test_sparse_gates_are_layers(layer, inputs, weights, tmp_path):
+    check_layer(layer, inputs, weights, tmp_path)
+    assert layer.get_config()["top_k"] == 2 and layer.get_config()["balance"] == 0.1
+    gate = ops.convert_to_numpy(layer(*inputs))
+    assert ((gate > 0).sum(axis=1) == 2).all()
+    assert_close(gate.sum(axis=1), np.ones(BATCH))
+
+
+def test_top_k_by_hand():
+    weights = ops.convert_to_numpy(GateSoftmax(top_k=2)(SCORES))
+    np.testing.assert_array_equal(weights > 0, KEPT)
+    np.testing.assert_array_equal(weights[~KEPT], 0.0)
+    half, high = 0.5, 1.0 / (1.0 + np.exp(-1.0))
+    assert_close(weights[KEPT], [high, 1 - high, half, half, half, half, 1 - high, high])
+
+
+def test_all_experts_by_default():
+    expected = np.exp(SCORES) / np.exp(SCORES).sum(axis=1, keepdims=True)
+    for top_k in (None, 0, 4):
+        assert_close(GateSoftmax(top_k)(SCORES), expected)
+
+
+def test_outside_the_top_k_scores_and_experts_get_no_gradient():
+    gate, mix = GateSoftmax(top_k=2), MixExperts(range(4))
+    outputs = np.random.default_rng(5).normal(size=(4, 4, 3)).astype("float32")
+
+    def function(arrays):
+        mixed = mix(arrays["outputs"], gate(arrays["scores"]))
+        return ops.sum(mixed * outputs[:, 0]), mixed
+
+    gradients = loss_and_gradients(function, {"scores": SCORES, "outputs": outputs})[2]
+    for gradient in (gradients["scores"], np.abs(gradients["outputs"]).sum(axis=-1)):
+        np.testing.assert_array_equal(gradient[~KEPT], 0.0)
+        assert np.abs(gradient[KEPT]).min() > 1e-4
+
+
+def balance_losses(layer, *inputs, training=True):
+    """What the layer adds to the loss, in NumPy."""
+    return [float(loss) for loss in compiled(lambda: (layer(*inputs, training=training), layer.losses)[1])()]
+
+
+def test_balance_by_hand():
+    scores = np.log([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]).astype("float32")
+    importance = np.array([0.6, 0.35, 1.05])
+    expected = 0.3 * importance.var() / importance.mean() ** 2
+    assert balance_losses(GateSoftmax(balance=0.3), scores) == pytest.approx([expected], rel=1e-5)
+    # One expert alone: E - 1. All alike: 0.
+    alone = np.array([[0.0, 50.0, 0.0]] * 2, "float32")
+    assert balance_losses(GateSoftmax(balance=1.0), alone) == pytest.approx([2.0], rel=1e-5)
+    assert balance_losses(GateSoftmax(balance=1.0), np.zeros((2, 3), "float32")) == pytest.approx([0.0], abs=1e-12)
+
+
+def test_balance_counts_the_weights_that_top_k_leaves():
+    assert balance_losses(GateSoftmax(top_k=1, balance=1.0), SCORES) == pytest.approx(
+        [np.array([2, 1, 0, 1]).var() / 1.0], rel=1e-5
+    )
+
+
+def test_balance_only_while_training_and_only_with_a_coefficient():
+    assert balance_losses(GateSoftmax(balance=0.3), SCORES, training=False) == []
+    assert balance_losses(GateSoftmax(), SCORES) == []
+    assert balance_losses(ExpertGate(range(4)), SCORES) == []
+    assert len(balance_losses(ExpertGate(range(4), balance=0.1), SCORES)) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GateSoftmax(-1), r"`top_k` must be 0 \(all experts\) or the number that keep weight. Received: -1"),
+        (lambda: GateSoftmax(balance=-0.1), "`balance` must be 0 or more. Received: -0.1"),
+        (lambda: GateSoftmax(5)(SCORES), r"that a gate weighs, 4 here; 0 keeps all. Received: top_k=5"),
+        (lambda: ExpertGate((1, 2), top_k=3), r"that a gate weighs, 2 here; 0 keeps all. Received: top_k=3"),
+        (lambda: VirtualKernelGate((1, 2), top_k=3), r"that a gate weighs, 2 here; 0 keeps all. Received: top_k=3"),
+    ],
+)
+def test_sparse_gate_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
