@@ -157,7 +157,8 @@ def build_mmoe_recommender(
         num_dense_features: Number N of dense features; 0 leaves that input out.
         num_experts: Number of experts.
         num_tasks: Number of tasks.
-        **settings: Further arguments of `build_mmoe`.
+        **settings: Further arguments of `build_mmoe`, with which experts and gates of one's own read
+            `(B, 2 * embedding_dim + N)`.
 
     Returns:
         A model from `{"user_id": (B,), "item_id": (B,), "dense_features": (B, N)}` to the outputs of `build_mmoe`.

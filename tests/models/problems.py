@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -23,6 +25,8 @@ SCHEMA = Schema(
 CONFIG = ModelConfig(
     "mvke", embedding_dim=8, hidden_dims=(6, 5), dropout_rate=0.0, kernel_stddev=0.5, embedding_stddev=0.5
 )
+# For `compile`: without XLA small models train sooner under TensorFlow, and JAX would run operation by operation.
+JIT_COMPILE = keras.backend.backend() == "jax"
 NUM_USERS, NUM_ITEMS = 4, 3
 
 
@@ -67,6 +71,12 @@ def randomize(model: keras.Model) -> keras.Model:
 
 def numpy_outputs(model: keras.Model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return keras.tree.map_structure(ops.convert_to_numpy, compiled(model)(inputs))
+
+
+def in_training(model: keras.Model, inputs: Any) -> tuple[Any, list[float]]:
+    """Outputs of a model without dropout in training, and what its layers add to the loss, in NumPy."""
+    outputs, losses = compiled(lambda x: (model(x, training=True), model.losses))(inputs)
+    return keras.tree.map_structure(ops.convert_to_numpy, outputs), [float(loss) for loss in losses]
 
 
 def task_losses_and_gradients(

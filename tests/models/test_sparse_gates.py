@@ -12,8 +12,19 @@ from mvke_tf.models import build_model
 from mvke_tf.models.dense_mmoe import build_mmoe
 from mvke_tf.models.two_tower import distinct_model, gate_model
 from mvke_tf.schema import Task
-from tests.layer_checks import assert_close, compiled, loss_and_gradients
-from tests.models.problems import CONFIG, ITEMS, PAIRS, ROWS, SCHEMA, USERS, numpy_outputs, randomize
+from tests.layer_checks import assert_close, loss_and_gradients
+from tests.models.problems import (
+    CONFIG,
+    ITEMS,
+    JIT_COMPILE,
+    PAIRS,
+    ROWS,
+    SCHEMA,
+    USERS,
+    in_training,
+    numpy_outputs,
+    randomize,
+)
 
 SPARSE = {"num_experts": 5, "gate_top_k": 2, "balance_coefficient": 0.3, "embedding_dropout_rate": 0.0}
 # PLE has a gate per task on both levels, and that of the shared experts on the first.
@@ -22,12 +33,6 @@ GATES = {"mvke": 2, "mmoe": 2, "cgc": 2, "ple": 5}
 
 def build(name, schema=SCHEMA, **settings):
     return randomize(build_model(name, schema, dataclasses.replace(CONFIG, name=name, **SPARSE | settings)))
-
-
-def in_training(model, inputs):
-    """Outputs in training and what the layers add to the loss, in NumPy; these models have no dropout."""
-    outputs, losses = compiled(lambda x: (model(x, training=True), model.losses))(inputs)
-    return keras.tree.map_structure(ops.convert_to_numpy, outputs), [float(loss) for loss in losses]
 
 
 def balance(weights):
@@ -96,7 +101,7 @@ def test_the_balance_loss_evens_out_the_use_of_experts():
         model = build_mmoe(4, 4, 1, (6,), (), balance_coefficient=coefficient, return_expert_weights=True)
         model.get_layer("gate_task_0").dense.bias.assign([4.0, 0.0, 0.0, 0.0])
         trained = keras.Model(model.input, {"task_0": model.output["task_0"]})
-        trained.compile(keras.optimizers.Adam(0.1), loss="mse", jit_compile=False)
+        trained.compile(keras.optimizers.Adam(0.1), loss="mse", jit_compile=JIT_COMPILE)
         trained.fit(features, {"task_0": features[:, :1]}, batch_size=32, verbose=0)
         importance = numpy_outputs(model, features)["task_0_expert_weights"].sum(axis=0)
         variation[coefficient] = float(importance.var() / importance.mean() ** 2)
