@@ -107,8 +107,8 @@ class ModelConfig:
         gate_top_k: Experts (MVKE: virtual kernels) that keep gate weight in each row, those with the highest scores; 0
             keeps all. For mixtures of experts.
         balance_coefficient: Coefficient of the training loss that evens out the use of experts, for every gate the
-            squared coefficient of variation of the experts' total weight in a batch; 0 leaves it out. For mixtures of
-            experts.
+            squared coefficient of variation of the experts' total weight in a batch (with `distinct`, over its distinct
+            users or items); 0 leaves it out. For mixtures of experts.
         dropout_rate: Dropout after every hidden layer.
         embedding_dropout_rate: Dropout of the field embeddings.
         kernel_stddev: Standard deviation of the first virtual kernels; published: 0.01.

@@ -42,6 +42,8 @@ def test_is_frozen():
         (ModelConfig, "embedding_dim", 0, "at least 1. Received: 0"),
         (ModelConfig, "hidden_dims", (4, 0), r"positive widths. Received: \(4, 0\)"),
         (ModelConfig, "num_virtual_kernels", 0, "at least 1. Received: 0"),
+        (ModelConfig, "gate_top_k", -1, r"0 \(all experts\) or more. Received: -1"),
+        (ModelConfig, "balance_coefficient", -0.1, "0 or more. Received: -0.1"),
         (ModelConfig, "dropout_rate", 1.0, r"in \[0, 1\). Received: 1.0"),
         (ModelConfig, "dropout_rate", -0.1, r"in \[0, 1\). Received: -0.1"),
         (ModelConfig, "embedding_dropout_rate", 1.0, r"in \[0, 1\). Received: 1.0"),
