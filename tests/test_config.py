@@ -49,6 +49,7 @@ def test_is_frozen():
         (ModelConfig, "embedding_dropout_rate", 1.0, r"in \[0, 1\). Received: 1.0"),
         (ModelConfig, "kernel_stddev", 0.0, "positive. Received: 0.0"),
         (ModelConfig, "embedding_stddev", -1.0, "positive. Received: -1.0"),
+        (ModelConfig, "attention_stddev", 0.0, "positive. Received: 0.0"),
         (TrainingConfig, "epochs", 0, "at least 1. Received: 0"),
         (TrainingConfig, "batch_size", 0, "at least 1. Received: 0"),
         (TrainingConfig, "learning_rate", 0.0, "positive. Received: 0.0"),

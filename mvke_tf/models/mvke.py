@@ -48,7 +48,7 @@ def mvke_towers(
     """
     dim, num_kernels = config.embedding_dim, config.num_virtual_kernels
     table = VirtualKernels(num_kernels, dim, config.kernel_stddev, name="virtual_kernels")
-    attended, _ = VirtualKernelAttention(name="virtual_kernel_attention")(
+    attended, _ = VirtualKernelAttention(config.attention_stddev, name="virtual_kernel_attention")(
         user_fields, table(user_fields), return_attention_scores=True
     )
     experts = Experts(

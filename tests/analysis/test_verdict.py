@@ -160,7 +160,7 @@ def test_the_evidence(make_model, pairs):
 def test_options_that_the_advice_names_exist():
     options = set(re.findall(r"--(\w+)", inspect.getsource(module)))
     settings = {field.name for section in SECTIONS.values() for field in dataclasses.fields(section)}
-    assert {"kernel_stddev", "balance_coefficient"} == options and "kernel_stddev" in settings
+    assert {"kernel_stddev", "attention_stddev", "balance_coefficient"} == options <= settings
 
 
 def test_the_note_on_field_attention(make_model, pairs):

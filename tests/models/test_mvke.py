@@ -186,3 +186,13 @@ def test_rejects_a_kernel_that_does_not_exist():
     schema = SCHEMA.with_tasks([Task("ctr", kernels=(0, 5)), Task("cvr")])
     with pytest.raises(ValueError, match=r"Expected indices below 5. Received: \(0, 5\)"):
         build_mvke(schema, CONFIG)
+
+
+def test_first_weights_have_the_scale_of_the_settings():
+    config = dataclasses.replace(CONFIG, embedding_dim=64, kernel_stddev=2.0, attention_stddev=0.3)
+    keras.utils.set_random_seed(0)
+    model = build_mvke(SCHEMA, config)
+    assert np.std(model.get_layer("virtual_kernels").get_weights()[0]) == pytest.approx(2.0, rel=0.2)
+    attention = model.get_layer("virtual_kernel_attention")
+    for name in ("query", "key", "value"):
+        assert np.std(attention.dense[name].get_weights()[0]) == pytest.approx(0.3, rel=0.1)
