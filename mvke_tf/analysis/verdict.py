@@ -279,7 +279,7 @@ def attention_note(attention: pd.DataFrame, thresholds: Thresholds | None = None
         return (
             f"The field attention is flat: no kernel prefers a field. The attention of one impression has "
             f"{share:.2%} of the maximal entropy, and no mean attention is further than {largest:.5f} from 1/{fields}. "
-            "The kernels differ by their experts alone. Larger first projections (--attention_stddev 0.5, together with "
+            "The kernels differ by their experts alone. Larger first projections (--attention_stddev 0.5, with "
             "--kernel_stddev 1.0) let them listen."
         )
     top = attention.sort_values("mean_attention", ascending=False, kind="stable").groupby("kernel").first()
