@@ -13,27 +13,20 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 from tqdm import tqdm
 
 from mvke_tf.data.synthetic import TwoTaskRegression, two_task_regression
+from mvke_tf.figures import line_styles, save_figure
 from mvke_tf.files import write_json, written_whole
 from mvke_tf.models.dense_mmoe import build_mmoe
 
 NUM_EXPERTS, EXPERT_UNITS, TOWER_UNITS = 8, 16, 8
-# Names in words, and styles that differ without colour too.
 MODELS = {"mmoe": "MMoE", "omoe": "one-gate MoE", "shared_bottom": "shared bottom"}
-STYLES: dict[str, dict[str, Any]] = {
-    "mmoe": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "omoe": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
-    "shared_bottom": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
-}
 CONFIDENCE = 0.95
 
 
@@ -283,19 +276,26 @@ def figure(cells: Sequence[Cell]) -> Figure:
     correlations = _correlations(cells)
     drawn = Figure(figsize=(3.6 * len(correlations) + 0.4, 3.6), layout="constrained")
     panels = drawn.subplots(1, len(correlations), sharey=True, squeeze=False)[0]
+    lowest = np.inf
     for panel, correlation in zip(panels, correlations, strict=True):
-        for number, (model, words) in enumerate(MODELS.items()):
+        for number, ((model, words), style) in enumerate(zip(MODELS.items(), line_styles(), strict=False)):
             chosen = [cell for cell in cells if (cell.model, cell.correlation) == (model, correlation)]
             curves = np.array([cell.losses for cell in chosen])
             mean, half = np.transpose([interval(column) for column in curves.T])
-            steps, style = chosen[0].steps, STYLES[model]
             # Markers of the curves alternate, so that none hides another.
-            every = (number, len(MODELS))
-            panel.plot(steps, mean, label=words, markevery=every, markersize=5, linewidth=1.6, **style)
-            panel.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.18, linewidth=0)
+            marks = {"markevery": (number, len(MODELS)), "markersize": 5}
+            panel.plot(chosen[0].steps, mean, label=words, **style | marks)
+            # On a logarithmic axis an interval that reaches zero goes to the lower edge.
+            floor = np.maximum(mean - half, 1e-9)
+            panel.fill_between(chosen[0].steps, floor, mean + half, color=style["color"], alpha=0.15, linewidth=0)
+            lowest = min(lowest, mean.min())
         panel.set_title(f"correlation {correlation:g}", fontsize=11)
         panel.set_xlabel("training steps")
-        panel.grid(color="0.9")
+        panel.grid(color="0.9", which="both")
+        panel.set_axisbelow(True)
+    panels[0].set_yscale("log")
+    panels[0].set_ylim(bottom=lowest / 2)
+    panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].set_ylabel("test loss (mean squared error)")
     panels[-1].legend(loc="upper right", frameon=False)
     seeds = len({cell.seed for cell in cells})
@@ -312,6 +312,5 @@ def write_results(cells: Sequence[Cell], folder: Path) -> tuple[Path, Path]:
         for cell in cells:
             for step, loss in zip(cell.steps, cell.losses, strict=True):
                 writer.writerow([cell.model, cell.correlation, cell.seed, cell.parameters, step, loss])
-    with written_whole(picture) as temporary:
-        FigureCanvasAgg(figure(cells)).print_figure(temporary, dpi=110)
+    save_figure(figure(cells), picture)
     return table, picture
