@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,10 +75,15 @@ def _existing(text: str) -> Path:
     return path
 
 
-def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
+def add_settings(parser: argparse.ArgumentParser, *sections: str, without: Collection[str] = ()) -> None:
     """Adds one option per setting of the named sections of `RunConfig`; the help is the docstring's.
 
     An option that is not given leaves the setting to `read_settings`.
+
+    Args:
+        parser: Gets the options.
+        sections: Names of sections.
+        without: Options to leave out, such as `"model"`.
     """
     for section in sections:
         cls = SECTIONS[section]
@@ -86,6 +91,9 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
         described = dict(re.findall(r"^ {4}(\w+): (.+?)(?=\n {4}\w|\Z)", inspect.cleandoc(cls.__doc__), re.M | re.S))
         group = parser.add_argument_group(f"settings of the {section}")
         for field in dataclasses.fields(cls):
+            option = _FLAGS.get((section, field.name), field.name)
+            if option in without:
+                continue
             words = " ".join(described[field.name].split()).replace("`", "").replace("%", "%%")
             options: dict[str, Any] = {"default": None, "help": f"{words} (default: {field.default})"}
             if isinstance(field.default, bool):
@@ -96,7 +104,7 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
                 options["type"] = type(field.default)
             if (section, field.name) in CHOICES:
                 options["choices"] = CHOICES[section, field.name]
-            group.add_argument(f"--{_FLAGS.get((section, field.name), field.name)}", **options)
+            group.add_argument(f"--{option}", **options)
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:

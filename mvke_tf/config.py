@@ -15,6 +15,8 @@ OPTIMIZERS = ("adam", "adamw")
 LOSS_WEIGHTINGS = ("fixed", "uncertainty")
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 MODEL_NAMES = ("mvke", "mmoe", "cgc", "ple", "shared_bottom", "hard_sharing", "single_task")
+# Rows of a comparison without a neural network.
+BASELINE_NAMES = ("popularity", "lightgbm")
 # What a command line can choose from, by section and setting.
 CHOICES = {
     ("data", "protocol"): PROTOCOLS,

@@ -1,0 +1,270 @@
+"""Comparison of models: the same data and budget for all, several seeds, one run directory per model and seed.
+
+<out>/
+    comparison.json  settings of every model
+    runs/            one run directory per model and seed; single_task has one per task
+    training.log     what training printed
+    results.csv      one row per model and seed
+    table.csv        one row per model: means, intervals, tests
+    table.md         the same, to read
+    comparison.png   the same, to look at
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from mvke_tf.baselines import check_baseline, run_baseline
+from mvke_tf.comparison_tables import comparison_figure, markdown, save_figure, summary
+from mvke_tf.config import BASELINE_NAMES, RunConfig
+from mvke_tf.data.prepared import Prepared, prepare_movielens
+from mvke_tf.evaluation import evaluate_model
+from mvke_tf.files import write_json, written_whole
+from mvke_tf.finished_runs import finished_run
+from mvke_tf.models import check_model
+from mvke_tf.run import Run, RunError
+
+PARTS = ("validation", "test")
+# What one model of the comparison shares with every other: who sees the same pairs as often had the same chance.
+BUDGET = ("epochs", "batch_size", "patience")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A folder of runs, and the settings that they are made with.
+
+    Args:
+        folder: Where everything is kept.
+        configs: `{model: settings}`, in the order of the table, for networks and baselines alike; names and seeds in
+            them have no influence. They may differ in the shape of the model and in the learning rate, not in the
+            data, the tasks and the budget (`BUDGET`).
+        seeds: Seeds per model, 0 to `seeds - 1`.
+        data_dir: Where raw and prepared data are kept.
+    """
+
+    folder: Path
+    configs: Mapping[str, RunConfig]
+    seeds: int
+    data_dir: Path = Path("data")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+        configs = {model: _of_model(model, config, 0) for model, config in self.configs.items()}
+        object.__setattr__(self, "configs", configs)
+        if not configs or self.seeds < 1:
+            raise ValueError(
+                "A comparison needs at least one model and one seed. "
+                f"Received: models={list(configs)}, seeds={self.seeds}"
+            )
+        for model in configs:
+            if model not in BASELINE_NAMES:
+                check_model(model)
+        _check_same_budget(configs)
+
+    @property
+    def data(self) -> Any:
+        """Settings of the data, which are those of every model."""
+        return next(iter(self.configs.values())).data
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks, which are those of every model."""
+        return next(iter(self.configs.values())).model.tasks
+
+    def run(self) -> pd.DataFrame:
+        """Does what is missing: trains, evaluates, and writes tables and picture after every seed.
+
+        Interrupted, it goes on at the next call with the epoch that was interrupted. The training state of a finished
+        run, the largest of its files, is deleted; its checkpoint, log, settings and report stay.
+
+        Returns:
+            The table of `summary`.
+
+        Raises:
+            RunError: If the folder holds a comparison with other settings.
+            ValueError: If a baseline cannot be fitted (`check_baseline`), or training fails (`TrainingError`).
+        """
+        self._claim_folder()
+        prepared_file = prepare_movielens(self.data_dir, self.data)
+        if set(self.configs) & set(BASELINE_NAMES):
+            prepared = Prepared.load(prepared_file)
+            for model in self.configs:
+                if model in BASELINE_NAMES:
+                    check_baseline(model, prepared, self.tasks)
+        steps = [(model, seed) for seed in range(self.seeds) for model in self.configs if _has_seed(model, seed)]
+        rows = []
+        with tqdm(total=sum(len(self.run_configs(*step)) for step in steps), unit="run") as progress:
+            for number, (model, seed) in enumerate(steps):
+                reports, costs = [], []
+                for name, config in self.run_configs(model, seed).items():
+                    progress.set_postfix_str(name)
+                    report, cost = self._finished(name, config, prepared_file)
+                    reports.append(report)
+                    costs.append(cost)
+                    progress.update()
+                rows.append(result_row(model, seed, reports, costs))
+                if number + 1 == len(steps) or steps[number + 1][1] != seed:
+                    table = self._write(pd.DataFrame(rows))
+        return table
+
+    def run_configs(self, model: str, seed: int) -> dict[str, RunConfig]:
+        """The runs of one model and seed, `{name of the folder: settings}`."""
+        config = _of_model(model, self.configs[model], seed)
+        if model != "single_task":
+            return {f"{model}-seed{seed}": config}
+        return {
+            f"{model}_{task}-seed{seed}": dataclasses.replace(
+                config, model=dataclasses.replace(config.model, tasks=(task,))
+            )
+            for task in self.tasks
+        }
+
+    def _claim_folder(self) -> None:
+        """Makes the folder that of this comparison; models and seeds may be added later, nothing else may change."""
+        path = self.folder / "comparison.json"
+        before = {}
+        if path.is_file():
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+                before = {model: RunConfig.from_dict(config) for model, config in values["models"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise RunError(f"{path} is damaged ({error}). Choose another --out or delete the folder.") from error
+        for model, config in before.items():
+            changed = _differences(config, self.configs.get(model, config))
+            if changed:
+                raise RunError(
+                    f"{self.folder} holds a comparison with other settings. Choose another --out, delete the folder, "
+                    f"or repeat its settings (comparison.json). {model}: {changed}"
+                )
+        _check_same_budget({**before, **self.configs})
+        models = {model: config.to_dict() for model, config in {**before, **self.configs}.items()}
+        write_json(path, {"models": models})
+
+    def _finished(self, name: str, config: RunConfig, prepared_file: Path) -> tuple[dict, dict]:
+        """Report and cost of one run, which is made if need be; `cost.json` comes last and marks it as finished."""
+        run = Run(self.folder / "runs" / name)
+        cost_file = run.folder / "cost.json"
+        if not cost_file.is_file():
+            if config.model.name in BASELINE_NAMES:
+                _fit_baseline(run, config, Prepared.load(prepared_file))
+            else:
+                run = finished_run(config, run.folder, self.data_dir, self.folder / "training.log")
+                model = run.load_model()
+                report: dict[str, Any] = {}
+                for part in PARTS:
+                    report |= evaluate_model(model, run.prepared, part)
+                write_json(run.report_file, report)
+                log = pd.read_csv(run.log_file)
+                cost = {
+                    "parameters": model.count_params(),
+                    "rows_per_second": float(log["rows_per_second"].median()),
+                    "epochs": len(log),
+                }
+                write_json(cost_file, cost)
+        run.state_file.unlink(missing_ok=True)
+        try:
+            return json.loads(run.report_file.read_text(encoding="utf-8")), json.loads(cost_file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{run.folder} is damaged ({error}). Delete it and call again.") from error
+
+    def _write(self, results: pd.DataFrame) -> pd.DataFrame:
+        """Writes the tables and the picture of the results so far."""
+        table = summary(results, list(self.configs), self.tasks)
+        for name, frame in (("results.csv", results), ("table.csv", table)):
+            with written_whole(self.folder / name) as temporary:
+                frame.to_csv(temporary, index=False)
+        title = f"{self.data.protocol}/{self.data.split}"
+        with written_whole(self.folder / "table.md") as temporary:
+            temporary.write_text(markdown(table, title), encoding="utf-8")
+        save_figure(comparison_figure(table, title), self.folder / "comparison.png")
+        return table
+
+
+def result_row(model: str, seed: int, reports: list[dict], costs: list[dict]) -> dict[str, Any]:
+    """One row of results.csv.
+
+    Args:
+        model: Name of the model.
+        seed: Its seed.
+        reports: Reports of its runs; several where each task has a run of its own.
+        costs: `parameters`, `rows_per_second` and `epochs` of these runs.
+
+    Returns:
+        `model`, `seed`, `<part>_<task>_<metric>` of every metric over all users, `<part>_mean_auc`, the mean AUC of the
+        tasks; `parameters` and `epochs`, sums over the runs; `rows_per_second`, the pairs that all runs together learn
+        per second, None where no network was trained.
+    """
+    row: dict[str, Any] = {"model": model, "seed": seed}
+    for part in PARTS:
+        tasks = {task: metrics for report in reports for task, metrics in report[part].items()}
+        row |= {f"{part}_{task}_{name}": value for task, metrics in tasks.items() for name, value in metrics.items()}
+        areas = [metrics["auc"] for metrics in tasks.values() if metrics.get("auc") is not None]
+        row[f"{part}_mean_auc"] = float(np.mean(areas)) if areas else None
+    speeds = [cost["rows_per_second"] for cost in costs]
+    return row | {
+        "parameters": sum(cost["parameters"] for cost in costs),
+        # A pair has to pass through every run.
+        "rows_per_second": None if None in speeds else 1 / sum(1 / speed for speed in speeds),
+        "epochs": sum(cost["epochs"] for cost in costs),
+    }
+
+
+def _fit_baseline(run: Run, config: RunConfig, prepared: Prepared) -> None:
+    fitted = run_baseline(config.model.name, prepared, config.model.tasks, PARTS, config.training.seed)
+    with written_whole(run.folder) as folder:
+        folder.mkdir()
+        write_json(folder / "config.json", config.to_dict())
+        write_json(folder / "report.json", fitted.report)
+        cost = {"parameters": fitted.parameters, "rows_per_second": None, "epochs": fitted.rounds}
+        write_json(folder / "cost.json", cost)
+
+
+def _has_seed(model: str, seed: int) -> bool:
+    """Popularity knows no chance: its one row stands for all seeds."""
+    return seed == 0 or model != "popularity"
+
+
+def _of_model(model: str, config: RunConfig, seed: int) -> RunConfig:
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, name=model),
+        training=dataclasses.replace(config.training, seed=seed),
+    )
+
+
+def _check_same_budget(configs: Mapping[str, RunConfig]) -> None:
+    """Raises a ValueError unless all models learn the same tasks, from the same data, for as long."""
+    (first, expected), *others = configs.items()
+    for model, config in others:
+        for name in ("data", "model.tasks", *(f"training.{name}" for name in BUDGET)):
+            if _setting(config, name) != _setting(expected, name):
+                raise ValueError(
+                    f"All models of a comparison need one `{name}`. Received: {_setting(expected, name)} of {first} "
+                    f"and {_setting(config, name)} of {model}"
+                )
+
+
+def _setting(config: RunConfig, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _differences(before: RunConfig, now: RunConfig) -> str:
+    """The settings that have changed, in words; empty if none has."""
+    changed = [
+        f"{section}.{name} was {value}, received {now.to_dict()[section][name]}"
+        for section, settings in before.to_dict().items()
+        for name, value in settings.items()
+        if value != now.to_dict()[section][name]
+    ]
+    return "; ".join(changed)

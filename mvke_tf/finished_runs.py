@@ -1,0 +1,42 @@
+"""Runs as one step of a longer job: trained if need be, continued if interrupted, quiet."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import keras
+
+from mvke_tf.config import RunConfig
+from mvke_tf.run import Run, RunError
+from mvke_tf.training import train, train_run
+
+
+def finished_run(config: RunConfig, folder: Path, data_dir: Path, log: Path) -> Run:
+    """The finished run of these settings: trained anew, continued where it was interrupted, or found as it is.
+
+    What it computes does not depend on what the process computed before: layers and graphs of earlier runs are
+    forgotten, and training sets all seeds.
+
+    Args:
+        config: All settings.
+        folder: The run directory.
+        data_dir: Where raw and prepared data are kept.
+        log: A text file; what training prints is added to it.
+
+    Raises:
+        RunError: If the folder holds a run of other settings, or is damaged.
+        TrainingError: If the loss becomes NaN or infinite.
+    """
+    keras.utils.clear_session()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        if not folder.exists():
+            return train(config, folder.name, data_dir, folder.parent).run
+        run = Run.open(folder)
+        if run.config != config:
+            raise RunError(
+                f"{folder} holds a run of other settings, see its config.json. Delete it or choose another folder. "
+                f"Expected: {config}. Received: {run.config}"
+            )
+        return train_run(run).run

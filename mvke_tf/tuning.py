@@ -1,0 +1,183 @@
+"""Search for good settings of a model with KerasTuner.
+
+<out>/
+    tuning.json       what is searched
+    oracle/           KerasTuner's own state
+    runs/trial-NNN/   one run directory per trial
+    training.log      what training printed
+    trials.csv        one row per trial, the best first
+    best_config.json  settings of the best trial, for scripts/train.py --config
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from mvke_tf.config import RunConfig
+from mvke_tf.files import write_json, written_whole
+from mvke_tf.finished_runs import finished_run
+from mvke_tf.models import check_model
+from mvke_tf.run import Run, RunError
+from mvke_tf.training import TrainingError
+
+OBJECTIVE = "val_auc"
+# What is tried of each setting. A width w gives hidden layers of w and w / 2.
+SPACE = {
+    "learning_rate": (1e-3, 1e-4),
+    "embedding_dim": (32, 64, 128),
+    "num_virtual_kernels": (3, 5, 8),
+    "hidden_width": (128, 256),
+    "dropout_rate": (0.1, 0.3, 0.5),
+}
+TUNERS = {"random": "RandomSearchOracle", "bayesian": "BayesianOptimizationOracle"}
+
+
+def search_space(model: str) -> dict[str, tuple[float, ...]]:
+    """The settings that are searched for a model, `{name: values}`: `SPACE`, virtual kernels only where it has them.
+
+    The kernels of each task follow from their number by `mvke_tf.models.mvke.default_kernels`.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    check_model(model)
+    return {name: values for name, values in SPACE.items() if name != "num_virtual_kernels" or model == "mvke"}
+
+
+def trial_config(base: RunConfig, values: dict[str, float]) -> RunConfig:
+    """The settings of one trial: `base`, with one value of each dimension of `search_space`."""
+    values = dict(values)
+    width = values.pop("hidden_width")
+    training = dataclasses.replace(base.training, learning_rate=values.pop("learning_rate"))
+    model = dataclasses.replace(base.model, hidden_dims=(width, width // 2), **values)
+    return dataclasses.replace(base, model=model, training=training)
+
+
+def tune(
+    base: RunConfig, folder: Path, trials: int, tuner: str = "random", data_dir: Path = Path("data")
+) -> pd.DataFrame:
+    """Searches the settings with the best mean validation AUC (the best epoch of a run) and keeps every run.
+
+    Called again on the same folder, it goes on: an interrupted trial with the epoch that was interrupted, then up to
+    `trials` in all. A random search then proposes what an unbroken one would have proposed; a Bayesian one draws new
+    starting points. A trial whose loss became NaN or infinite is left out.
+
+    Args:
+        base: All other settings; the model's name says what is searched, the seed serves search and training.
+        folder: Where everything is kept.
+        trials: Number of trials in all; a random search ends earlier when nothing is left to try.
+        tuner: `"random"` or `"bayesian"`.
+        data_dir: Where raw and prepared data are kept.
+
+    Returns:
+        One row per finished trial, the best first: `trial`, the searched settings, `val_auc`, `best_epoch`, `epochs`.
+
+    Raises:
+        RunError: If the folder holds another search.
+        TrainingError: If no trial could be trained.
+        ValueError: If KerasTuner is not installed, or the tuner or the model is unknown.
+    """
+    library = _keras_tuner()
+    space = search_space(base.model.name)
+    if tuner not in TUNERS:
+        raise ValueError(f"Unknown tuner. Expected one of {sorted(TUNERS)}. Received: {tuner!r}")
+    folder = Path(folder)
+    _claim_folder(folder / "tuning.json", base, space, tuner)
+    hyperparameters = library.HyperParameters()
+    for name, values in space.items():
+        hyperparameters.Choice(name, list(values))
+    oracle = getattr(library.oracles, TUNERS[tuner])(
+        objective=library.Objective(OBJECTIVE, "max"),
+        max_trials=trials,
+        seed=base.training.seed,
+        hyperparameters=hyperparameters,
+        max_consecutive_failed_trials=sys.maxsize,
+    )
+    oracle.verbose = 0
+    # KerasTuner prints that it reloads.
+    with contextlib.redirect_stdout(io.StringIO()):
+        keeper = library.engine.base_tuner.BaseTuner(oracle, directory=str(folder), project_name="oracle")
+    with tqdm(total=trials, unit="trial") as progress:
+        while (trial := oracle.create_trial(keeper.tuner_id)).status != "STOPPED":
+            progress.update(int(trial.trial_id) - progress.n)
+            progress.set_postfix(trial.hyperparameters.values)
+            # KerasTuner repeats the trial that it ended last, which has its score.
+            trial.status = "COMPLETED"
+            if trial.score is None:
+                try:
+                    score = _run_trial(trial_config(base, trial.hyperparameters.values), folder, trial, data_dir)
+                    oracle.update_trial(trial.trial_id, {OBJECTIVE: score})
+                except TrainingError as error:
+                    trial.status, trial.message = "FAILED", str(error)
+                    progress.write(f"{_name(trial)} failed: {error}")
+            oracle.end_trial(trial)
+            keeper.save()
+            progress.update()
+    done = oracle.get_best_trials(trials)
+    done = [trial for trial in done if trial.status == "COMPLETED"]
+    if not done:
+        raise TrainingError(f"No trial could be trained, see {folder / 'training.log'}. Received: {trials} trials")
+    write_json(folder / "best_config.json", trial_config(base, done[0].hyperparameters.values).to_dict())
+    table = pd.DataFrame(_row(trial, folder) for trial in done)
+    with written_whole(folder / "trials.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    return table
+
+
+def _run_trial(config: RunConfig, folder: Path, trial: Any, data_dir: Path) -> float:
+    """Trains, or finishes, the run of a trial; returns its best mean validation AUC."""
+    run = finished_run(config, folder / "runs" / _name(trial), data_dir, folder / "training.log")
+    return float(pd.read_csv(run.log_file)[OBJECTIVE].max())
+
+
+def _name(trial: Any) -> str:
+    return f"trial-{int(trial.trial_id):03d}"
+
+
+def _row(trial: Any, folder: Path) -> dict[str, Any]:
+    scores = pd.read_csv(Run(folder / "runs" / _name(trial)).log_file)[OBJECTIVE]
+    values = trial.hyperparameters.values
+    return {
+        "trial": _name(trial),
+        **values,
+        OBJECTIVE: scores.max(),
+        "best_epoch": int(scores.argmax()) + 1,
+        "epochs": len(scores),
+    }
+
+
+def _claim_folder(path: Path, base: RunConfig, space: dict[str, Any], tuner: str) -> None:
+    """Makes the folder that of this search; only the number of trials may change later."""
+    # Through JSON, which knows no tuples.
+    wanted = json.loads(json.dumps({"tuner": tuner, "space": space, "base": base.to_dict()}))
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path} is damaged ({error}). Choose another --out or delete the folder.") from error
+        if found != wanted:
+            raise RunError(
+                f"{path.parent} holds another search. Choose another --out, or delete the folder. "
+                f"Expected: {found}. Received: {wanted}"
+            )
+    write_json(path, wanted)
+
+
+def _keras_tuner() -> Any:
+    try:
+        import keras_tuner
+        import keras_tuner.engine.base_tuner
+    except ImportError as error:
+        raise ValueError(
+            f"The search needs the package KerasTuner: pip install 'mvke_tf[tune]'. Received: {error}"
+        ) from error
+    return keras_tuner

@@ -1,0 +1,46 @@
+"""Searches good settings of a model with KerasTuner, by the mean validation AUC; called again, it goes on.
+
+The number of virtual kernels decides which of them each task sees: task t of T those from floor(t K / 2T) to
+K - 1 - floor((T - 1 - t) K / T).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mvke_tf.cli import add_settings, positive_int, read_settings, run_main
+
+SEARCHED = ("learning_rate", "embedding_dim", "num_virtual_kernels", "hidden_dims", "dropout_rate", "seed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the search, as tuning/<name>")
+    parser.add_argument("--trials", type=positive_int, default=20, help="trials in all (default: 20)")
+    parser.add_argument("--tuner", choices=("random", "bayesian"), default="random", help="(default: random)")
+    parser.add_argument("--seed", type=int, help="seed of the search and of every training (default: 0)")
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="raw and prepared data (default: data)")
+    parser.add_argument("--config", type=Path, help="JSON file of the settings that are not searched")
+    add_settings(parser, "data", "model", "training", without=SEARCHED)
+    args = parser.parse_args()
+    config = read_settings(args, args.config)
+
+    from mvke_tf.tuning import tune
+
+    try:
+        table = tune(config, args.out, args.trials, args.tuner, args.data_dir)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)
+        sys.exit(130)
+    print(f"\n{table.to_string(index=False)}\n\n{args.out / 'trials.csv'}")
+    print(f"Train the best: python scripts/train.py --config {args.out / 'best_config.json'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,249 @@
+import dataclasses
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+from scipy import stats
+
+import mvke_tf.comparison
+from mvke_tf.comparison import Comparison
+from mvke_tf.comparison_tables import comparison_figure, markdown, summary
+from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from mvke_tf.data.prepared import prepare, prepared_path
+from mvke_tf.run import Run, RunError
+from tests.conftest import REPOSITORY, random_movielens
+
+CONFIG = RunConfig(
+    data=DataConfig(history_length=5),
+    model=ModelConfig(embedding_dim=4, hidden_dims=(4,)),
+    training=TrainingConfig(epochs=1, batch_size=128, distinct=True),
+)
+TASKS = ("ctr", "cvr")
+# Runs, in the order in which they are made.
+RUNS = [f"{name}-seed{seed}" for seed in (0, 1) for name in ("single_task_ctr", "single_task_cvr", "shared_bottom")]
+
+
+def comparison(folder: Path, *models: str, config: RunConfig = CONFIG, seeds: int = 2) -> Comparison:
+    return Comparison(folder / "out", dict.fromkeys(models, config), seeds, folder / "data")
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A comparison that was interrupted in its fourth run and then finished: folder, table, runs of each call."""
+    folder = tmp_path_factory.mktemp("comparison")
+    prepare(random_movielens(), CONFIG.data).save(prepared_path(folder / "data", CONFIG.data))
+    whole = mvke_tf.comparison.finished_run
+    calls = []
+
+    def recorded(config, run_folder, *rest):
+        calls.append(run_folder.name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return whole(config, run_folder, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mvke_tf.comparison, "finished_run", recorded)
+        compared = comparison(folder, "single_task", "shared_bottom", "popularity")
+        with pytest.raises(KeyboardInterrupt):
+            compared.run()
+        first, halfway = list(calls), pd.read_csv(folder / "out" / "table.csv")
+        table = compared.run()
+    return folder, table, first, calls[len(first) :], halfway
+
+
+def report_of(folder: Path, run: str) -> dict:
+    return json.loads((folder / "out" / "runs" / run / "report.json").read_text())
+
+
+def test_only_what_is_missing_is_made(interrupted):
+    folder, _, first, second, halfway = interrupted
+    assert first == RUNS[:4] and second == RUNS[3:]
+    # The seed that was finished has its table already.
+    assert halfway["seeds"].tolist() == [1, 1, 1] and halfway["ctr_auc_ci95"].isna().all()
+    assert {path.name for path in (folder / "out" / "runs").iterdir()} == {*RUNS, "popularity-seed0"}
+    for name in RUNS:
+        run = Run(folder / "out" / "runs" / name)
+        assert run.checkpoint.is_file() and run.log_file.is_file() and not run.state_file.exists()
+        assert run.config.training == dataclasses.replace(CONFIG.training, seed=int(name[-1]))
+    assert "Epoch 1/1" in (folder / "out" / "training.log").read_text()
+
+
+def test_results_are_those_of_the_reports(interrupted):
+    folder, *_ = interrupted
+    results = pd.read_csv(folder / "out" / "results.csv").set_index(["model", "seed"])
+    assert len(results) == 5
+    for seed in (0, 1):
+        shared = report_of(folder, f"shared_bottom-seed{seed}")
+        alone = {task: report_of(folder, f"single_task_{task}-seed{seed}") for task in TASKS}
+        assert shared["test"] != shared["validation"]
+        for part in ("validation", "test"):
+            row = results.loc["shared_bottom", seed]
+            for task, metrics in shared[part].items():
+                for name, value in metrics.items():
+                    assert row[f"{part}_{task}_{name}"] == pytest.approx(value)
+                assert results.loc["single_task", seed][f"{part}_{task}_auc"] == alone[task][part][task]["auc"]
+            assert row[f"{part}_mean_auc"] == pytest.approx(np.mean([shared[part][task]["auc"] for task in TASKS]))
+        models = {
+            name: Run(folder / "out" / "runs" / f"{name}-seed{seed}") for name in ("single_task_ctr", "shared_bottom")
+        }
+        assert results.loc["shared_bottom", seed]["parameters"] == models["shared_bottom"].load_model().count_params()
+        # Two networks of the same shape, and both have to see every pair.
+        assert (
+            results.loc["single_task", seed]["parameters"] == 2 * models["single_task_ctr"].load_model().count_params()
+        )
+        speeds = [
+            pd.read_csv(folder / "out" / "runs" / f"single_task_{task}-seed{seed}" / "log.csv")["rows_per_second"][0]
+            for task in TASKS
+        ]
+        expected = speeds[0] * speeds[1] / sum(speeds)
+        assert results.loc["single_task", seed]["rows_per_second"] == pytest.approx(expected)
+        assert results.loc["single_task", seed]["epochs"] == 2
+    assert math.isnan(results.loc["popularity", 0]["rows_per_second"])
+
+
+def test_table_is_computed_from_the_results(interrupted):
+    folder, table, *_ = interrupted
+    assert table["model"].tolist() == ["single_task", "shared_bottom", "popularity"]
+    by_model = table.set_index("model")
+    areas = {
+        "single_task": [report_of(folder, f"single_task_cvr-seed{seed}")["test"]["cvr"]["auc"] for seed in (0, 1)],
+        "shared_bottom": [report_of(folder, f"shared_bottom-seed{seed}")["test"]["cvr"]["auc"] for seed in (0, 1)],
+        # Its one row stands for both seeds.
+        "popularity": [report_of(folder, "popularity-seed0")["test"]["cvr"]["auc"]] * 2,
+    }
+    for model, (first, second) in areas.items():
+        assert by_model.loc[model, "cvr_auc"] == pytest.approx((first + second) / 2)
+    first, second = areas["shared_bottom"]
+    # Two seeds: half the distance, times the 97.5 % point of t with 1 degree of freedom.
+    assert by_model.loc["shared_bottom", "cvr_auc_ci95"] == pytest.approx(abs(first - second) / 2 * 12.7062, rel=1e-4)
+    assert math.isnan(by_model.loc["popularity", "cvr_auc_ci95"])
+    p_values = [stats.ttest_rel(areas[model], areas["single_task"]).pvalue for model in ("shared_bottom", "popularity")]
+    smaller, larger = sorted(p_values)
+    corrected = {smaller: min(1, 2 * smaller), larger: max(min(1, 2 * smaller), larger)}
+    for model, p_value in zip(("shared_bottom", "popularity"), p_values, strict=True):
+        assert by_model.loc[model, "cvr_auc_p"] == pytest.approx(corrected[p_value])
+    assert math.isnan(by_model.loc["single_task", "cvr_auc_p"])
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "out" / "table.csv"), table, check_dtype=False)
+    row = next(line for line in (folder / "out" / "table.md").read_text().splitlines() if "| shared_bottom" in line)
+    cell = f"{by_model.loc['shared_bottom', 'ctr_auc']:.4f} ± {by_model.loc['shared_bottom', 'ctr_auc_ci95']:.4f}"
+    assert row.split(" | ")[1] == cell
+    assert imread(folder / "out" / "comparison.png").std() > 0.01
+
+
+def test_a_run_does_not_depend_on_those_before_it(interrupted, tmp_path):
+    folder, *_ = interrupted
+    (tmp_path / "data").symlink_to(folder / "data")
+    comparison(tmp_path, "shared_bottom", seeds=1).run()
+    assert report_of(tmp_path, "shared_bottom-seed0") == report_of(folder, "shared_bottom-seed0")
+    assert report_of(folder, "shared_bottom-seed0") != report_of(folder, "shared_bottom-seed1")
+    assert "there is no test of transfer" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_other_settings_are_refused_and_more_models_are_not(interrupted):
+    folder, *_ = interrupted
+    before = (folder / "out" / "comparison.json").read_bytes()
+    other = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, learning_rate=0.5))
+    with pytest.raises(RunError, match=r"single_task: training.learning_rate was 0.001, received 0.5"):
+        comparison(folder, "single_task", config=other).run()
+    longer = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, epochs=9))
+    with pytest.raises(ValueError, match=r"need one `training.epochs`. Received: 1 of single_task and 9 of mvke"):
+        comparison(folder, "mvke", config=longer).run()
+    assert (folder / "out" / "comparison.json").read_bytes() == before
+    Comparison(folder / "out", {"mvke": other}, 1)._claim_folder()
+    assert set(json.loads((folder / "out" / "comparison.json").read_text())["models"]) == {
+        *("single_task", "shared_bottom", "popularity", "mvke")
+    }
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ({}, r"at least one model and one seed. Received: models=\[\]"),
+        ({"mvk": CONFIG}, "Unknown model"),
+        (
+            {"mvke": CONFIG, "mmoe": dataclasses.replace(CONFIG, data=DataConfig(split="random"))},
+            "one `data`. Received: DataConfig",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(configs, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Comparison(tmp_path / "out", configs, 2)
+
+
+def made_up(**areas) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "model": model,
+            "seed": seed,
+            "test_ctr_auc": area,
+            "test_ctr_log_loss": 1 - area,
+            "parameters": 1234,
+            "rows_per_second": None if model == "lightgbm" else 1000.0,
+            "epochs": 3,
+        }
+        for model, values in areas.items()
+        for seed, area in enumerate(values)
+    )
+
+
+def test_transfer_is_named_where_it_is_significant():
+    results = made_up(
+        mvke=[0.95, 0.96, 0.97],
+        mmoe=[0.90, 0.93, 0.90],
+        ple=[0.85, 0.862, 0.87],
+        single_task=[0.90, 0.91, 0.92],
+        lightgbm=[0.80, 0.811, 0.82],
+    )
+    # Constant differences leave a t-test no variance.
+    results.loc[0, "test_ctr_auc"] += 0.001
+    table = summary(results, list(dict.fromkeys(results["model"])), ("ctr",))
+    text = markdown(table, "here")
+    said = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip(" |") for line in text.splitlines()}
+    assert "Holm-corrected over the 4 models" in text
+    lines = [line.split(" | ") for line in text.split("against single_task")[1].splitlines() if line.startswith("| ")]
+    said = {line[0].strip("| "): line[-1].strip(" |") for line in lines}
+    assert {model: said[model] for model in ("mvke", "mmoe", "ple", "lightgbm")} == {
+        "mvke": "positive transfer: CTR AUC",
+        "mmoe": "no significant difference",
+        "ple": "negative transfer: CTR AUC",
+        "lightgbm": "worse: CTR AUC",
+    }
+    row = next(line for line in text.splitlines() if line.startswith("| lightgbm"))
+    assert row.split(" | ")[2:4] == ["1,234", "-"]
+    (axes,) = comparison_figure(table, "here").axes
+    assert axes.get_xlabel() == "CTR AUC" and [tick.get_text() for tick in axes.get_yticklabels()] == [*table["model"]]
+    # LightGBM lies beyond the networks: an arrow with its value.
+    assert [text.get_text() for text in axes.texts] == ["0.8103"]
+    shown = {round(container.lines[0].get_xdata()[0], 6) for container in axes.containers}
+    assert shown == {round(value, 6) for value in table["ctr_auc"][:4]}
+
+
+def test_the_script(interrupted, monkeypatch, capsys):
+    folder, table, *_ = interrupted
+    script = str(REPOSITORY / "scripts" / "compare_models.py")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        settings = "--history_length 5 --embedding_dim 4 --hidden_dims 4 --epochs 1 --batch_size 128 --distinct".split()
+        where = ["--out", folder / "out", "--data_dir", folder / "data"]
+        monkeypatch.setattr(sys, "argv", [script, *settings, *map(str, [*where, *arguments])])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(script, run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    status, output, _ = call("--models", "single_task", "shared_bottom", "popularity", "--seeds", 2)
+    assert status == 0
+    assert (folder / "out" / "table.md").read_text() in output and output.endswith(f"{folder / 'out' / 'runs'}\n")
+    status, _, error = call("--models", "shared_bottom", "--dropout_rate", 0.1)
+    assert status == 2 and "shared_bottom: model.dropout_rate was 0.3, received 0.1" in error
+    status, _, error = call("--models", "mvke", "--configs", f"mmoe={script}")
+    assert status == 2 and "--configs has settings of ['mmoe'], which --models does not name." in error
+    status, _, error = call("--configs", "mmoe=nowhere")
+    assert status == 2 and "expected MODEL=FILE" in error
