@@ -21,9 +21,8 @@ ROUNDS, EARLY_STOPPING_ROUNDS = 2000, 50
 LIGHTGBM = {
     "objective": "binary",
     "metric": "auc",
-    "learning_rate": 0.05,
-    "num_leaves": 63,
-    "min_data_in_leaf": 50,
+    "learning_rate": 0.1,
+    "num_leaves": 31,
     "bagging_fraction": 0.8,
     "bagging_freq": 1,
     "feature_fraction": 0.5,

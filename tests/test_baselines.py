@@ -79,7 +79,7 @@ def test_training_rows_become_unknown_as_for_the_networks(prepared):
 
 
 def test_lightgbm_learns_and_repeats_itself(prepared, monkeypatch):
-    # Leaves of 50 rows leave nothing to learn in a part of 336.
+    # Leaves of 20 rows leave little to learn in a part of 336.
     monkeypatch.setitem(baselines.LIGHTGBM, "min_data_in_leaf", 5)
     monkeypatch.setattr(baselines, "ROUNDS", 30)
     first, again, other = (run_baseline("lightgbm", prepared, TASKS, ("train", "test"), seed) for seed in (0, 0, 1))

@@ -1,0 +1,161 @@
+import json
+import runpy
+import sys
+
+import pandas as pd
+import pytest
+import tensorflow as tf
+
+import mvke_tf.tuning
+from mvke_tf.cli import add_settings, read_settings
+from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from mvke_tf.data.prepared import prepare, prepared_path
+from mvke_tf.run import Run, RunError
+from mvke_tf.training import TrainingError
+from mvke_tf.tuning import search_space, trial_config, tune
+from tests.conftest import REPOSITORY, random_movielens
+
+pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`")
+BASE = RunConfig(
+    data=DataConfig(history_length=5),
+    model=ModelConfig(name="shared_bottom", embedding_stddev=1.0),
+    training=TrainingConfig(epochs=1, batch_size=128, distinct=True, seed=3),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    """Building graphs is most of the time that such small runs take."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A search of two trials, killed in the second and then finished: folder, table, trained configs of each call."""
+    folder = tmp_path_factory.mktemp("tuning")
+    prepare(random_movielens(), BASE.data).save(prepared_path(folder / "data", BASE.data))
+    whole = mvke_tf.tuning.finished_run
+    calls = []
+
+    def recorded(config, *rest):
+        calls.append(config)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(config, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mvke_tf.tuning, "finished_run", recorded)
+        with pytest.raises(KeyboardInterrupt):
+            tune(BASE, folder / "out", 2, data_dir=folder / "data")
+        table = tune(BASE, folder / "out", 2, data_dir=folder / "data")
+        # Nothing is left to do.
+        assert tune(BASE, folder / "out", 2, data_dir=folder / "data").equals(table)
+    return folder, table, calls
+
+
+def test_a_killed_trial_is_repeated_and_a_finished_one_is_not(searched):
+    _, table, calls = searched
+    assert len(calls) == 3
+    assert calls[1] == calls[2] != calls[0]
+    assert sorted(table["trial"]) == ["trial-000", "trial-001"]
+
+
+def test_trials_are_the_runs(searched):
+    folder, table, calls = searched
+    assert table["val_auc"].is_monotonic_decreasing
+    for _, row in table.iterrows():
+        run = Run(folder / "out" / "runs" / row["trial"])
+        assert run.checkpoint.is_file() and run.config in calls
+        assert row["val_auc"] == pd.read_csv(run.log_file)["val_auc"].max()
+        assert (row["epochs"], row["best_epoch"]) == (1, 1)
+        assert run.config == trial_config(BASE, {name: row[name] for name in search_space("shared_bottom")})
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "out" / "trials.csv"), table)
+
+
+def test_the_best_configuration_is_a_file_for_train(searched, tmp_path):
+    import argparse
+
+    folder, table, _ = searched
+    parser = argparse.ArgumentParser()
+    add_settings(parser, "data", "model", "training")
+    config = read_settings(parser.parse_args([]), folder / "out" / "best_config.json")
+    assert config == Run(folder / "out" / "runs" / table["trial"][0]).config
+    assert config.training.seed == 3 and config.model.name == "shared_bottom"
+
+
+def test_another_search_in_the_folder_is_refused(searched):
+    folder, *_ = searched
+    with pytest.raises(RunError, match="holds another search"):
+        tune(BASE, folder / "out", 2, tuner="bayesian", data_dir=folder / "data")
+    assert json.loads((folder / "out" / "tuning.json").read_text())["tuner"] == "random"
+
+
+def test_the_space_is_the_guides():
+    assert search_space("mvke") == {
+        "learning_rate": (1e-3, 1e-4),
+        "embedding_dim": (32, 64, 128),
+        "num_virtual_kernels": (3, 5, 8),
+        "hidden_width": (128, 256),
+        "dropout_rate": (0.1, 0.3, 0.5),
+    }
+    assert set(search_space("mvke")) - set(search_space("mmoe")) == {"num_virtual_kernels"}
+    with pytest.raises(ValueError, match="Unknown model"):
+        search_space("mvk")
+    values = {"learning_rate": 1e-4, "embedding_dim": 32, "num_virtual_kernels": 8, "hidden_width": 128}
+    config = trial_config(BASE, {**values, "dropout_rate": 0.5})
+    assert config.training == TrainingConfig(epochs=1, batch_size=128, distinct=True, seed=3, learning_rate=1e-4)
+    assert config.model == ModelConfig(
+        "shared_bottom", ("ctr", "cvr"), 32, (128, 64), 8, 10, 2, False, 0.5, 0.2, 0.01, 1.0
+    )
+
+
+@pytest.mark.parametrize("tuner", ["random", "bayesian"])
+def test_the_best_of_many_is_found_and_diverged_ones_are_left_out(tuner, tmp_path, monkeypatch):
+    """Without training: the score of a trial is a function of its settings."""
+    seen = []
+
+    def score(config, *rest):
+        if config.model.dropout_rate == 0.5:
+            raise TrainingError("The loss became nan.")
+        seen.append(config)
+        return config.model.embedding_dim / 1000 + config.training.learning_rate
+
+    monkeypatch.setattr(mvke_tf.tuning, "_run_trial", score)
+    monkeypatch.setattr(mvke_tf.tuning, "_row", lambda trial, folder: {"trial": trial.trial_id, "val_auc": trial.score})
+    table = tune(BASE, tmp_path, 12, tuner)
+    assert len(table) == len(seen) < 12
+    assert table["val_auc"].tolist() == sorted((score(config) for config in list(seen)), reverse=True)
+    best = json.loads((tmp_path / "best_config.json").read_text())
+    assert best["model"]["embedding_dim"] / 1000 + best["training"]["learning_rate"] == table["val_auc"][0]
+
+
+def test_what_cannot_be_searched_is_explained(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"Expected one of \['bayesian', 'random'\]. Received: 'grid'"):
+        tune(BASE, tmp_path, 2, "grid")
+
+    def diverges(*arguments):
+        raise TrainingError("The loss became nan.")
+
+    monkeypatch.setattr(mvke_tf.tuning, "_run_trial", diverges)
+    with pytest.raises(TrainingError, match="No trial could be trained"):
+        tune(BASE, tmp_path, 5)
+    monkeypatch.setitem(sys.modules, "keras_tuner", None)
+    with pytest.raises(ValueError, match=r"pip install 'mvke_tf\[tune\]'"):
+        tune(BASE, tmp_path, 2)
+
+
+def test_the_script_prints_the_table(searched, monkeypatch, capsys):
+    folder, table, _ = searched
+    script = str(REPOSITORY / "scripts" / "tune.py")
+    settings = ["--model=shared_bottom", "--embedding_stddev=1", "--history_length=5", "--epochs=1", "--batch_size=128"]
+    where = [f"--out={folder / 'out'}", f"--data_dir={folder / 'data'}", "--trials=2", "--seed=3", "--distinct"]
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [script, *settings, *where])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    output = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert table.to_string(index=False) in output
+    assert output.endswith(f"Train the best: python scripts/train.py --config {folder / 'out' / 'best_config.json'}\n")
