@@ -23,10 +23,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from mvke_tf.baselines import check_baseline, run_baseline
-from mvke_tf.comparison_tables import comparison_figure, markdown, save_figure, summary
+from mvke_tf.comparison_tables import comparison_figure, markdown, summary
 from mvke_tf.config import BASELINE_NAMES, RunConfig
 from mvke_tf.data.prepared import Prepared, prepare_movielens
 from mvke_tf.evaluation import evaluate_model
+from mvke_tf.figures import save_figure
 from mvke_tf.files import write_json, written_whole
 from mvke_tf.finished_runs import finished_run
 from mvke_tf.models import check_model
@@ -116,16 +117,23 @@ class Comparison:
         return table
 
     def run_configs(self, model: str, seed: int) -> dict[str, RunConfig]:
-        """The runs of one model and seed, `{name of the folder: settings}`."""
+        """The runs of one model and seed, `{name of the folder: settings}`.
+
+        Each run of single_task learns one of several tasks by itself: conversions on all impressions, for there is no
+        probability of a click to multiply with, and without weights of tasks.
+        """
         config = _of_model(model, self.configs[model], seed)
         if model != "single_task":
             return {f"{model}-seed{seed}": config}
-        return {
-            f"{model}_{task}-seed{seed}": dataclasses.replace(
-                config, model=dataclasses.replace(config.model, tasks=(task,))
+        runs = {}
+        for task in self.tasks:
+            alone = {"conversion": "impressions"} if len(self.tasks) > 1 else {}
+            runs[f"{model}_{task}-seed{seed}"] = dataclasses.replace(
+                config,
+                model=dataclasses.replace(config.model, tasks=(task,), **alone),
+                training=dataclasses.replace(config.training, task_weights=()),
             )
-            for task in self.tasks
-        }
+        return runs
 
     def _claim_folder(self) -> None:
         """Makes the folder that of this comparison; models and seeds may be added later, nothing else may change."""

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mvke_tf.config import BASELINE_NAMES
-from mvke_tf.files import written_whole
 from mvke_tf.statistics import holm, mean_interval, paired_p_value
 
 REFERENCE = "single_task"
@@ -262,9 +259,3 @@ def _span(table: pd.DataFrame, name: str) -> tuple[float, float]:
     low, high = (rows[name] - half).min(), (rows[name] + half).max()
     air = 0.15 * (high - low) or 0.01
     return low - air, high + air
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a picture, whole or not at all."""
-    with written_whole(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(temporary, dpi=120)

@@ -29,7 +29,7 @@ from mvke_tf.models import check_model
 from mvke_tf.run import Run, RunError
 from mvke_tf.training import TrainingError
 
-OBJECTIVE = "val_auc"
+OBJECTIVE = "val_score"
 # What is tried of each setting. A width w gives hidden layers of w and w / 2.
 SPACE = {
     "learning_rate": (1e-3, 1e-4),
@@ -65,7 +65,9 @@ def trial_config(base: RunConfig, values: dict[str, float]) -> RunConfig:
 def tune(
     base: RunConfig, folder: Path, trials: int, tuner: str = "random", data_dir: Path = Path("data")
 ) -> pd.DataFrame:
-    """Searches the settings with the best mean validation AUC (the best epoch of a run) and keeps every run.
+    """Searches the settings with the best validation score (of the best epoch of a run) and keeps every run.
+
+    The score is that of early stopping: the mean AUC of the classification tasks.
 
     Called again on the same folder, it goes on: an interrupted trial with the epoch that was interrupted, then up to
     `trials` in all. A random search then proposes what an unbroken one would have proposed; a Bayesian one draws new
@@ -79,7 +81,7 @@ def tune(
         data_dir: Where raw and prepared data are kept.
 
     Returns:
-        One row per finished trial, the best first: `trial`, the searched settings, `val_auc`, `best_epoch`, `epochs`.
+        One row per finished trial, the best first: `trial`, the searched settings, `val_score`, `best_epoch`, `epochs`.
 
     Raises:
         RunError: If the folder holds another search.
@@ -134,7 +136,7 @@ def tune(
 
 
 def _run_trial(config: RunConfig, folder: Path, trial: Any, data_dir: Path) -> float:
-    """Trains, or finishes, the run of a trial; returns its best mean validation AUC."""
+    """Trains, or finishes, the run of a trial; returns its best validation score."""
     run = finished_run(config, folder / "runs" / _name(trial), data_dir, folder / "training.log")
     return float(pd.read_csv(run.log_file)[OBJECTIVE].max())
 

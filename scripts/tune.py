@@ -1,4 +1,4 @@
-"""Searches good settings of a model with KerasTuner, by the mean validation AUC; called again, it goes on.
+"""Searches good settings of a model with KerasTuner, by the validation score; called again, it goes on.
 
 The number of virtual kernels decides which of them each task sees: task t of T those from floor(t K / 2T) to
 K - 1 - floor((T - 1 - t) K / T).

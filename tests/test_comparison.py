@@ -82,7 +82,7 @@ def test_only_what_is_missing_is_made(interrupted):
         run = Run(folder / "out" / "runs" / name)
         assert run.checkpoint.is_file() and run.log_file.is_file() and not run.state_file.exists()
         assert run.config.training == dataclasses.replace(CONFIG.training, seed=int(name[-1]))
-    assert (folder / "out" / "training.log").read_text().count(" - val_auc: ") == len(RUNS)
+    assert (folder / "out" / "training.log").read_text().count(" - val_score: ") == len(RUNS)
 
 
 def test_results_are_those_of_the_reports(interrupted):
@@ -170,6 +170,18 @@ def test_other_settings_are_refused_and_more_models_are_not(interrupted):
     assert set(json.loads((folder / "out" / "comparison.json").read_text())["models"]) == {
         *("single_task", "shared_bottom", "popularity", "mvke")
     }
+
+
+def test_single_task_learns_each_task_by_itself(tmp_path):
+    model = dataclasses.replace(CONFIG.model, conversion="esmm")
+    training = dataclasses.replace(CONFIG.training, task_weights=(1.0, 2.0))
+    compared = comparison(tmp_path, "single_task", "mvke", config=RunConfig(CONFIG.data, model, training))
+    assert compared.run_configs("mvke", 1)["mvke-seed1"].model.conversion == "esmm"
+    runs = compared.run_configs("single_task", 1)
+    assert list(runs) == ["single_task_ctr-seed1", "single_task_cvr-seed1"]
+    for task, config in zip(TASKS, runs.values(), strict=True):
+        assert (config.model.tasks, config.model.conversion) == ((task,), "impressions")
+        assert (config.training.task_weights, config.training.seed) == ((), 1)
 
 
 @pytest.mark.parametrize(

@@ -64,11 +64,11 @@ def test_a_killed_trial_is_repeated_and_a_finished_one_is_not(searched):
 
 def test_trials_are_the_runs(searched):
     folder, table, calls = searched
-    assert table["val_auc"].is_monotonic_decreasing
+    assert table["val_score"].is_monotonic_decreasing
     for _, row in table.iterrows():
         run = Run(folder / "out" / "runs" / row["trial"])
         assert run.checkpoint.is_file() and run.config in calls
-        assert row["val_auc"] == pd.read_csv(run.log_file)["val_auc"].max()
+        assert row["val_score"] == pd.read_csv(run.log_file)["val_score"].max()
         assert (row["epochs"], row["best_epoch"]) == (1, 1)
         assert run.config == trial_config(BASE, {name: row[name] for name in search_space("shared_bottom")})
     pd.testing.assert_frame_equal(pd.read_csv(folder / "out" / "trials.csv"), table)
@@ -123,12 +123,14 @@ def test_the_best_of_many_is_found_and_diverged_ones_are_left_out(tuner, tmp_pat
         return config.model.embedding_dim / 1000 + config.training.learning_rate
 
     monkeypatch.setattr(mvke_tf.tuning, "_run_trial", score)
-    monkeypatch.setattr(mvke_tf.tuning, "_row", lambda trial, folder: {"trial": trial.trial_id, "val_auc": trial.score})
+    monkeypatch.setattr(
+        mvke_tf.tuning, "_row", lambda trial, folder: {"trial": trial.trial_id, "val_score": trial.score}
+    )
     table = tune(BASE, tmp_path, 12, tuner)
     assert len(table) == len(seen) < 12
-    assert table["val_auc"].tolist() == sorted((score(config) for config in list(seen)), reverse=True)
+    assert table["val_score"].tolist() == sorted((score(config) for config in list(seen)), reverse=True)
     best = json.loads((tmp_path / "best_config.json").read_text())
-    assert best["model"]["embedding_dim"] / 1000 + best["training"]["learning_rate"] == table["val_auc"][0]
+    assert best["model"]["embedding_dim"] / 1000 + best["training"]["learning_rate"] == table["val_score"][0]
 
 
 def test_what_cannot_be_searched_is_explained(tmp_path, monkeypatch):
