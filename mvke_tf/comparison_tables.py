@@ -189,7 +189,7 @@ def _grid(header: list[str], rows: list[list[str]]) -> str:
 def comparison_figure(table: pd.DataFrame, title: str) -> Figure:
     """Mean and 95 % confidence interval of every model, one panel per headline measure.
 
-    The axis spans the neural networks; a baseline beyond it is an arrow at the edge with its value.
+    The axis spans the neural networks; a baseline far beyond is an arrow at the edge with its value.
 
     Args:
         table: As `summary` returns it.
@@ -252,10 +252,16 @@ def _kind(row: Any, name: str, metric: str) -> str:
 
 
 def _span(table: pd.DataFrame, name: str) -> tuple[float, float]:
-    """The range of a panel: the intervals of the networks (of all rows, if there is no network), and some air."""
-    networks = table[~table["model"].isin(BASELINE_NAMES) & table[name].notna()]
-    rows = networks if len(networks) else table[table[name].notna()]
-    half = rows[f"{name}_ci95"].fillna(0)
-    low, high = (rows[name] - half).min(), (rows[name] + half).max()
-    air = 0.15 * (high - low) or 0.01
-    return low - air, high + air
+    """The range of a panel: intervals of the networks (of all rows, if there is none), baselines nearby, some air."""
+    half = table[f"{name}_ci95"].fillna(0)
+    low, high = table[name] - half, table[name] + half
+    networks = ~table["model"].isin(BASELINE_NAMES) & table[name].notna()
+    chosen = networks if networks.any() else table[name].notna()
+    span = low[chosen].min(), high[chosen].max()
+    for place in table.index[~chosen & table[name].notna()]:
+        wider = min(span[0], low[place]), max(span[1], high[place])
+        # Not at the cost of the networks: their intervals keep half of the width.
+        if wider[1] - wider[0] <= 2 * (high[chosen].max() - low[chosen].min()):
+            span = wider
+    air = 0.15 * (span[1] - span[0]) or 0.01
+    return span[0] - air, span[1] + air

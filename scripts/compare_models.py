@@ -6,6 +6,7 @@ Interrupted, it goes on when it is called again; models and seeds can be added t
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def main() -> None:
         parser.error(f"--configs has settings of {unused}, which --models does not name.")
 
     from mvke_tf.comparison import Comparison
+
+    # TensorFlow warns of functions that are traced again and again; here they belong to one model after another.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
     comparison = Comparison(args.out, configs, args.seeds, args.data_dir)
     try:

@@ -7,6 +7,7 @@ K - 1 - floor((T - 1 - t) K / T).
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def main() -> None:
     config = read_settings(args, args.config)
 
     from mvke_tf.tuning import tune
+
+    # TensorFlow warns of functions that are traced again and again; here they belong to one model after another.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
     try:
         table = tune(config, args.out, args.trials, args.tuner, args.data_dir)
