@@ -88,6 +88,7 @@ def tune(
         TrainingError: If no trial could be trained.
         ValueError: If KerasTuner is not installed, or the tuner or the model is unknown.
     """
+    check_model(base.model.name, len(base.model.tasks))
     library = _keras_tuner()
     space = search_space(base.model.name)
     if tuner not in TUNERS:

@@ -1,3 +1,4 @@
+import argparse
 import json
 import runpy
 import sys
@@ -74,9 +75,7 @@ def test_trials_are_the_runs(searched):
     pd.testing.assert_frame_equal(pd.read_csv(folder / "out" / "trials.csv"), table)
 
 
-def test_the_best_configuration_is_a_file_for_train(searched, tmp_path):
-    import argparse
-
+def test_the_best_configuration_is_a_file_for_train(searched):
     folder, table, _ = searched
     parser = argparse.ArgumentParser()
     add_settings(parser, "data", "model", "training")
@@ -136,6 +135,9 @@ def test_the_best_of_many_is_found_and_diverged_ones_are_left_out(tuner, tmp_pat
 def test_what_cannot_be_searched_is_explained(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"Expected one of \['bayesian', 'random'\]. Received: 'grid'"):
         tune(BASE, tmp_path, 2, "grid")
+    with pytest.raises(ValueError, match="single_task learns one task at a time"):
+        tune(RunConfig(model=ModelConfig(name="single_task")), tmp_path, 2)
+    assert not any(tmp_path.iterdir())
 
     def diverges(*arguments):
         raise TrainingError("The loss became nan.")
