@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import json
 import runpy
 import sys
@@ -105,8 +106,8 @@ def test_the_space_is_the_guides():
     values = {"learning_rate": 1e-4, "embedding_dim": 32, "num_virtual_kernels": 8, "hidden_width": 128}
     config = trial_config(BASE, {**values, "dropout_rate": 0.5})
     assert config.training == TrainingConfig(epochs=1, batch_size=128, distinct=True, seed=3, learning_rate=1e-4)
-    assert config.model == ModelConfig(
-        "shared_bottom", ("ctr", "cvr"), 32, (128, 64), 8, 10, 2, False, 0.5, 0.2, 0.01, 1.0
+    assert config.model == dataclasses.replace(
+        BASE.model, embedding_dim=32, num_virtual_kernels=8, hidden_dims=(128, 64), dropout_rate=0.5
     )
 
 
