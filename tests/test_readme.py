@@ -1,15 +1,21 @@
 """The README and the pages in docs/ are kept true: their Python runs, their files exist."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
+import pandas as pd
 import pytest
 
-from mvke_tf.config import DataConfig
+from mvke_tf.config import DataConfig, RunConfig
 from mvke_tf.data.prepared import Prepared, prepared_path
+from mvke_tf.models.two_tower import predictions
+from mvke_tf.run import Run
 from mvke_tf.serving import export_run
 from tests.conftest import REPOSITORY
 
@@ -85,6 +91,82 @@ def test_dense_mmoe():
         **{"task_0_expert_weights": (None, 3), "task_1_expert_weights": (None, 3)},
     }
     assert set(names["recommender"].input) == {"user_id", "item_id", "dense_features"}
+
+
+def test_own_parts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_snippet("class Bilinear")
+    model, loaded, x = names["model"], names["loaded"], names["x"]
+    losses = names["history"].history["loss"]
+    assert losses[1] < losses[0]
+    for task, output in model.predict(x, verbose=0).items():
+        np.testing.assert_array_equal(loaded.predict(x, verbose=0)[task], output)
+    weights = keras.Model(loaded.input, loaded.get_layer("gate_task_0").output).predict(x, verbose=0)
+    assert ((weights > 0).sum(axis=1) == 2).all()
+
+
+def test_synthetic_tasks():
+    correlations = run_snippet("two_task_regression(num_rows")["label_correlations"]
+    assert correlations[0.5] < correlations[0.9] < correlations[1.0]
+    assert correlations[1.0] > 0.99
+
+
+def test_comparison(small_data):
+    table = run_snippet('Comparison(Path("comparisons/small")')["table"].set_index("model")
+    assert list(table.index) == ["shared_bottom", "popularity"]
+    results = pd.read_csv("comparisons/small/results.csv").set_index("model")
+    assert table["ctr_auc"].tolist() == pytest.approx(results["test_ctr_auc"].tolist())
+    model = Run(Path("comparisons/small/runs/shared_bottom-seed0")).load_model()
+    assert table.loc["shared_bottom", "parameters"] == model.count_params()
+
+
+def test_search(small_data):
+    (trial,) = run_snippet("trials = tune(")["trials"].itertuples()
+    log = pd.read_csv("tuning/small/runs/trial-000/log.csv")
+    assert trial.val_score == log["val_score"].max()
+    best = RunConfig.from_dict(json.loads(Path("tuning/small/best_config.json").read_text()))
+    assert best.model.embedding_dim == trial.embedding_dim
+
+
+@pytest.fixture
+def mine(tiny_run, tmp_path, monkeypatch):
+    """The small run, put where the snippets look for theirs."""
+    monkeypatch.chdir(tmp_path)
+    return Run(Path(shutil.copytree(tiny_run.folder, "runs/mine")))
+
+
+def test_analysis(mine, capsys):
+    names = run_snippet("study = Study(run.load_model()")
+    sums = names["by_genre"].groupby(["task", "group"])["mean_weight"].sum()
+    assert sums.to_numpy() == pytest.approx(1.0)
+    why = names["why"]
+    assert why["contribution"].tolist() == (why["weight"] * why["score"]).tolist()
+    total = why.groupby(["task", "rank"])["contribution"].sum()
+    assert total.to_numpy() == pytest.approx(why.drop_duplicates(["task", "rank"])["logit"].to_numpy())
+    output = capsys.readouterr().out
+    assert "ctr: " in output and "cvr: " in output
+
+
+def test_onnx(mine):
+    names = run_snippet("onnxruntime.InferenceSession(")
+    model = mine.load_model()
+    expected = predictions(model, model(names["rows"], training=False))["ctr"]
+    np.testing.assert_allclose(names["probability"], expected, rtol=0, atol=1e-5)
+    assert np.ptp(names["probability"]) > 0.01 and Path("runs/mine/onnx/model.json").is_file()
+
+
+def test_profiles(mine):
+    names = run_snippet("profiler = Profiler(")
+    profiles, genres = names["profiles"], names["genres"]
+    assert profiles["user"].tolist() == [1] * 5 + [7] * 5 and profiles["rank"].tolist() == [1, 2, 3, 4, 5] * 2
+    assert list(profiles) == ["user", "rank", "item", "title", "genres", "probability", "kernel"]
+    raw, pairs = mine.prepared.raw, mine.prepared.pairs
+    rated = pairs[(pairs["rating"] > 0) & (raw["user"]["user_id"][pairs["user_row"]] == 1)]
+    assert not set(profiles["item"][:5]) & set(raw["item"]["item_id"][rated["item_row"]])
+    vectors, items = names["vectors"], names["profiler"].item_vectors["cvr"]
+    first = list(raw["item"]["item_id"]).index(profiles["item"][0])
+    assert profiles["probability"][0] == pytest.approx(1 / (1 + np.exp(-vectors[0] @ items[first])), abs=1e-6)
+    assert genres["user"].tolist() == [1] * 3 + [7] * 3 and list(genres)[2:] == ["genre", "items", "probability"]
 
 
 def test_exported_model(tiny_run, tmp_path, monkeypatch, capsys):

@@ -80,8 +80,8 @@ class PairData:
 class Batches:
     """Makes the `tf.data` pipelines of one `PairData`.
 
-    A batch is `({feature: tensor}, {task: (B, 1) float32})`, made by gathering whole rows; no step runs Python. Where the
-    data have weights, a third part holds those of all tasks, `{task: (B, 1) float32}`.
+    A batch is `({feature: tensor}, {task: (B, 1) float32})`, made by gathering whole rows; no step runs Python. Where
+    the data have weights, a third part holds those of all tasks, `{task: (B, 1) float32}`.
 
     Args:
         data: Entities and pairs.
@@ -131,7 +131,7 @@ class Batches:
         return epoch.apply(tf.data.experimental.assert_cardinality(self.steps)).prefetch(tf.data.AUTOTUNE)
 
     def epoch(self, seed: int, number: int) -> tf.data.Dataset:
-        """One epoch, whose order depends on the seed and its number alone (what resuming needs), of known cardinality."""
+        """One epoch whose order depends on the seed and its number alone: what resuming needs."""
         order = self._order(tf.constant([seed, number], tf.int64))
         return self._epoch(order).prefetch(tf.data.AUTOTUNE)
 
