@@ -17,6 +17,7 @@ from mvke_tf.comparison import Comparison
 from mvke_tf.comparison_tables import comparison_figure, markdown, summary
 from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from mvke_tf.data.prepared import prepare, prepared_path
+from mvke_tf.finished_runs import finished_run
 from mvke_tf.run import Run, RunError
 from tests.conftest import REPOSITORY, random_movielens
 
@@ -55,6 +56,8 @@ def interrupted(tmp_path_factory):
     def recorded(config, run_folder, *rest):
         calls.append(run_folder.name)
         if len(calls) == 4:
+            # Killed as soon as the run directory was made.
+            Run.create(run_folder, config, prepared_path(folder / "data", config.data))
             raise KeyboardInterrupt
         return whole(config, run_folder, *rest)
 
@@ -214,6 +217,13 @@ def made_up(**areas) -> pd.DataFrame:
         for model, values in areas.items()
         for seed, area in enumerate(values)
     )
+
+
+def test_a_run_of_other_settings_is_not_taken(tiny_run, tmp_path):
+    before = {path: path.read_bytes() for path in tiny_run.folder.iterdir() if path.is_file()}
+    with pytest.raises(RunError, match="holds a run of other settings"):
+        finished_run(CONFIG, tiny_run.folder, tmp_path / "data", tmp_path / "log")
+    assert {path: path.read_bytes() for path in tiny_run.folder.iterdir() if path.is_file()} == before
 
 
 def test_transfer_is_named_where_it_is_significant():
