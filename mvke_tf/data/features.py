@@ -85,14 +85,36 @@ def user_states(frames: MovieLens, length: int) -> tuple[Table, pd.DataFrame]:
         `liked_items`, the same of ratings of 4 and 5; `liked_genres`, weighted by the number of liked items. And the
         frame of keys `user_id`, `timestamp`, whose index is the row of the table.
     """
-    log = frames.ratings.sort_values(["user_id", "timestamp", "item_id"], kind="stable", ignore_index=True)
+    log = _log(frames)
     # Ratings are in the order of their states, so a state's history ends where its own ratings begin.
     state_start = log.groupby(["user_id", "timestamp"], sort=True).head(1).index.to_numpy()
     keys = log.loc[state_start, ["user_id", "timestamp"]].reset_index(drop=True)
-    user_start = (
-        log.groupby("user_id").head(1).index.to_numpy()[np.searchsorted(np.unique(log["user_id"]), keys["user_id"])]
-    )
+    return _states(frames, log, keys["user_id"].to_numpy(), state_start, length), keys
 
+
+def latest_states(frames: MovieLens, length: int) -> Table:
+    """What is known of each user by now: all of his ratings, those of the last moment included.
+
+    Args:
+        frames: The data; a user need not have rated anything.
+        length: Slots of the lists of recent and of liked items.
+
+    Returns:
+        The raw table of `user_states`, one row per row of `frames.users`.
+    """
+    log, users = _log(frames), frames.users["user_id"].to_numpy()
+    return _states(frames, log, users, np.searchsorted(log["user_id"], users, side="right"), length)
+
+
+def _log(frames: MovieLens) -> pd.DataFrame:
+    return frames.ratings.sort_values(["user_id", "timestamp", "item_id"], kind="stable", ignore_index=True)
+
+
+def _states(
+    frames: MovieLens, log: pd.DataFrame, users: np.ndarray, state_start: np.ndarray, length: int
+) -> Table:
+    """The raw table of states: each of one of `users`, who by then has rated all his rows of `log[:state_start]`."""
+    user_start = np.searchsorted(log["user_id"], users)
     rating = log["rating"].to_numpy()
     rated_before = state_start - user_start
     rating_sum = np.concatenate([[0], np.cumsum(rating)])
@@ -113,9 +135,9 @@ def user_states(frames: MovieLens, length: int) -> tuple[Table, pd.DataFrame]:
     )
     liked_genres = genre_sum[liked_until[state_start]] - genre_sum[liked_until[user_start]]
 
-    profile = frames.users.set_index("user_id").loc[keys["user_id"]]
-    table = {
-        "user_id": keys["user_id"].to_numpy(np.int64),
+    profile = frames.users.set_index("user_id").loc[users]
+    return {
+        "user_id": users.astype(np.int64),
         "age": profile["age"].to_numpy(np.float32),
         "gender": profile["gender"].to_numpy(object),
         "occupation": profile["occupation"].to_numpy(object),
@@ -126,7 +148,6 @@ def user_states(frames: MovieLens, length: int) -> tuple[Table, pd.DataFrame]:
         "liked_genres": np.broadcast_to(np.array(GENRES, object), liked_genres.shape),
         "liked_genres" + WEIGHTS_SUFFIX: liked_genres.astype(np.float32),
     }
-    return table, keys
 
 
 def _last(name: str, log: pd.DataFrame, end: np.ndarray, start: np.ndarray, length: int) -> Table:

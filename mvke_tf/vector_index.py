@@ -1,0 +1,188 @@
+"""Vector search: an index over item vectors that finds the largest inner products without computing all of them.
+
+Needs FAISS (`pip install 'mvke_tf[faiss]'`). It pays where the catalogue is large: benchmarks/vector_search.py measures
+from where on; a few thousand items are scored exactly in less time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvke_tf.files import DAMAGED, read_arrays, written_whole
+
+INDEX_KINDS = ("flat", "hnsw", "ivf")
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexConfig:
+    """How an index is built.
+
+    Args:
+        kind: `"flat"` compares all vectors and is exact; `"hnsw"` walks a graph of near neighbours (Malkov and
+            Yashunin, TPAMI 2020); `"ivf"` looks into the cells nearest to the query, of a k-means partition.
+        links: Links per vector (HNSW).
+        construction_effort: How many candidates are looked at when a vector is linked (HNSW).
+        cells: Number of cells (IVF); 0 takes about four times the square root of the number of vectors.
+        threads: Threads that build; 0 takes all. An HNSW graph is the same every time with one thread only.
+    """
+
+    kind: str = "hnsw"
+    links: int = 32
+    construction_effort: int = 80
+    cells: int = 0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in INDEX_KINDS:
+            raise ValueError(f"`kind` of an index must be one of {INDEX_KINDS}. Received: {self.kind!r}")
+        for name, least in (("links", 2), ("construction_effort", 1), ("cells", 0), ("threads", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` of an index must be at least {least}. Received: {getattr(self, name)}")
+
+
+class VectorIndex:
+    """An inner-product index; `build` or `load` makes one."""
+
+    def __init__(self, index: Any, config: IndexConfig, digest: str) -> None:
+        self._index, self.config, self._digest = index, config, digest
+
+    def __len__(self) -> int:
+        return self._index.ntotal
+
+    @classmethod
+    def build(cls, vectors: np.ndarray, config: IndexConfig | None = None) -> VectorIndex:
+        """Indexes the rows of `vectors` `(M, W)`.
+
+        Raises:
+            ValueError: If there are no vectors, or FAISS is not installed.
+        """
+        faiss = _faiss()
+        config = config or IndexConfig()
+        vectors = _contiguous(vectors)
+        if not len(vectors):
+            raise ValueError("Expected vectors to index. Received: none")
+        width, metric = vectors.shape[1], faiss.METRIC_INNER_PRODUCT
+        if config.kind == "flat":
+            index = faiss.IndexFlat(width, metric)
+        elif config.kind == "hnsw":
+            index = faiss.IndexHNSWFlat(width, config.links, metric)
+            index.hnsw.efConstruction = config.construction_effort
+        else:
+            cells = min(config.cells or max(1, round(4 * len(vectors) ** 0.5)), len(vectors))
+            index = faiss.IndexIVFFlat(faiss.IndexFlat(width, metric), width, cells, metric)
+            # Few vectors per cell are no reason for a warning: the catalogue is what it is.
+            index.cp.min_points_per_centroid = 1
+        with _threads(faiss, config.threads):
+            index.train(vectors)
+            index.add(vectors)
+        return cls(index, config, _digest(vectors))
+
+    def fits(self, vectors: np.ndarray) -> bool:
+        """Whether this is an index of just these vectors."""
+        return self._digest == _digest(_contiguous(vectors))
+
+    def search(self, queries: np.ndarray, k: int, effort: int = 64) -> tuple[np.ndarray, np.ndarray]:
+        """The k rows with the largest inner product with each query, as far as the index finds them.
+
+        Args:
+            queries: `(N, W)`.
+            k: How many.
+            effort: How thoroughly to look: candidates kept on the way (HNSW, at least k), or cells looked into (IVF).
+
+        Returns:
+            Products `(N, k)`, largest first, of equal ones the earlier row first (which of many equal ones are found at
+            all is up to FAISS); and rows `(N, k)` int64, -1 with product minus infinity where fewer were found.
+
+        Raises:
+            ValueError: If the queries have another width than the vectors, or `k` or `effort` is below 1.
+        """
+        faiss = _faiss()
+        queries = _contiguous(queries)
+        if queries.shape[1] != self._index.d:
+            raise ValueError(f"The index holds vectors of width {self._index.d}. Received: queries {queries.shape}")
+        if k < 1 or effort < 1:
+            raise ValueError(f"`k` and `effort` must be at least 1. Received: k={k}, effort={effort}")
+        parameters = None
+        if self.config.kind == "hnsw":
+            parameters = faiss.SearchParametersHNSW(efSearch=max(effort, k))
+        elif self.config.kind == "ivf":
+            parameters = faiss.SearchParametersIVF(nprobe=min(effort, self._index.nlist))
+        products, rows = self._index.search(queries, k, params=parameters)
+        products = np.where(rows < 0, -np.inf, products)
+        order = np.lexsort((rows, -products), axis=1)
+        return np.take_along_axis(products, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+    def save(self, path: Path) -> None:
+        """Writes one file, whole or not at all; `load` reads it."""
+        meta = {"format": FORMAT, "config": dataclasses.asdict(self.config), "digest": self._digest}
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, meta=json.dumps(meta), index=_faiss().serialize_index(self._index))
+
+    @classmethod
+    def load(cls, path: Path) -> VectorIndex:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: If the file is missing or damaged, or FAISS is not installed.
+        """
+        faiss = _faiss()
+        try:
+            arrays = read_arrays(path)
+            meta = json.loads(str(arrays["meta"]))
+            if meta["format"] != FORMAT:
+                raise ValueError(f"format {meta['format']}, expected {FORMAT}")
+            index = faiss.deserialize_index(arrays["index"])
+            return cls(index, IndexConfig(**meta["config"]), meta["digest"])
+        except FileNotFoundError:
+            raise ValueError(f"There is no index at {path}. Build it and save it there.") from None
+        except (*DAMAGED, KeyError, TypeError) as error:
+            raise ValueError(f"The index {path} cannot be used ({error}). Delete it and build it again.") from error
+
+
+def recall(found: np.ndarray, exact: np.ndarray) -> float:
+    """Mean share of the exact best rows `(N, k)` that are among the found ones `(N, any)`; rows of -1 are none."""
+    return float(np.mean([np.isin(best, rows).mean() for rows, best in zip(found, exact, strict=True)]))
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError(
+            f"Vector search needs FAISS: pip install 'mvke_tf[faiss]' (or faiss-cpu). Received: {error}"
+        ) from error
+    return faiss
+
+
+@contextlib.contextmanager
+def _threads(faiss: Any, count: int) -> Iterator[None]:
+    """Lets FAISS use so many threads inside a block; 0 leaves it as it is."""
+    before = faiss.omp_get_max_threads()
+    if count:
+        faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def _contiguous(vectors: np.ndarray) -> np.ndarray:
+    vectors = np.ascontiguousarray(vectors, np.float32)
+    if vectors.ndim != 2:
+        raise ValueError(f"Expected vectors (n, W). Received: shape {vectors.shape}")
+    return vectors
+
+
+def _digest(vectors: np.ndarray) -> str:
+    digest = hashlib.blake2b(str(vectors.shape).encode(), digest_size=16)
+    digest.update(vectors.data)
+    return digest.hexdigest()
