@@ -1,5 +1,10 @@
 """Vector search: an index over item vectors that finds the largest inner products without computing all of them.
 
+The graph and the cells of approximate search are made for distances: a vector that is long but points elsewhere
+confuses them. Such an index therefore holds each vector x with one more coordinate, sqrt(R^2 - |x|^2), R being the
+length of the longest; a query gets a 0 there. All vectors then have the length R, and the nearest of a query is the one
+with the largest inner product (Bachrach et al., RecSys 2014).
+
 Needs FAISS (`pip install 'mvke_tf[faiss]'`). It pays where the catalogue is large: benchmarks/vector_search.py measures
 from where on; a few thousand items are scored exactly in less time.
 """
@@ -52,8 +57,8 @@ class IndexConfig:
 class VectorIndex:
     """An inner-product index; `build` or `load` makes one."""
 
-    def __init__(self, index: Any, config: IndexConfig, digest: str) -> None:
-        self._index, self.config, self._digest = index, config, digest
+    def __init__(self, index: Any, config: IndexConfig, digest: str, longest: float) -> None:
+        self._index, self.config, self._digest, self._longest = index, config, digest, longest
 
     def __len__(self) -> int:
         return self._index.ntotal
@@ -70,21 +75,17 @@ class VectorIndex:
         vectors = _contiguous(vectors)
         if not len(vectors):
             raise ValueError("Expected vectors to index. Received: none")
-        width, metric = vectors.shape[1], faiss.METRIC_INNER_PRODUCT
+        square = np.einsum("nw,nw->n", vectors, vectors)
+        longest = float(np.sqrt(square.max()))
         if config.kind == "flat":
-            index = faiss.IndexFlat(width, metric)
-        elif config.kind == "hnsw":
-            index = faiss.IndexHNSWFlat(width, config.links, metric)
-            index.hnsw.efConstruction = config.construction_effort
+            held, index = vectors, faiss.IndexFlatIP(vectors.shape[1])
         else:
-            cells = min(config.cells or max(1, round(4 * len(vectors) ** 0.5)), len(vectors))
-            index = faiss.IndexIVFFlat(faiss.IndexFlat(width, metric), width, cells, metric)
-            # Few vectors per cell are no reason for a warning: the catalogue is what it is.
-            index.cp.min_points_per_centroid = 1
+            held = np.concatenate([vectors, np.sqrt(np.maximum(longest**2 - square, 0))[:, None]], axis=1)
+            index = _approximate_index(faiss, held.shape, config)
         with _threads(faiss, config.threads):
-            index.train(vectors)
-            index.add(vectors)
-        return cls(index, config, _digest(vectors))
+            index.train(held)
+            index.add(held)
+        return cls(index, config, _digest(vectors), longest)
 
     def fits(self, vectors: np.ndarray) -> bool:
         """Whether this is an index of just these vectors."""
@@ -99,7 +100,8 @@ class VectorIndex:
             effort: How thoroughly to look: candidates kept on the way (HNSW, at least k), or cells looked into (IVF).
 
         Returns:
-            Products `(N, k)`, largest first, of equal ones the earlier row first (which of many equal ones are found at
+            Products `(N, k)`, exact of a flat index and otherwise up to about 1e-6 of the squares of the longest query
+            and vector, largest first, of equal ones the earlier row first (which of many equal ones are found at
             all is up to FAISS); and rows `(N, k)` int64, -1 with product minus infinity where fewer were found.
 
         Raises:
@@ -107,8 +109,9 @@ class VectorIndex:
         """
         faiss = _faiss()
         queries = _contiguous(queries)
-        if queries.shape[1] != self._index.d:
-            raise ValueError(f"The index holds vectors of width {self._index.d}. Received: queries {queries.shape}")
+        width = self._index.d - (self.config.kind != "flat")
+        if queries.shape[1] != width:
+            raise ValueError(f"The index holds vectors of width {width}. Received: queries {queries.shape}")
         if k < 1 or effort < 1:
             raise ValueError(f"`k` and `effort` must be at least 1. Received: k={k}, effort={effort}")
         parameters = None
@@ -116,14 +119,24 @@ class VectorIndex:
             parameters = faiss.SearchParametersHNSW(efSearch=max(effort, k))
         elif self.config.kind == "ivf":
             parameters = faiss.SearchParametersIVF(nprobe=min(effort, self._index.nlist))
-        products, rows = self._index.search(queries, k, params=parameters)
+        if parameters is None:
+            products, rows = self._index.search(queries, k)
+        else:
+            distances, rows = self._index.search(np.pad(queries, [(0, 0), (0, 1)]), k, params=parameters)
+            squares = np.einsum("nw,nw->n", queries, queries, dtype=np.float64)[:, None] + self._longest**2
+            products = ((squares - distances) / 2).astype(np.float32)
         products = np.where(rows < 0, -np.inf, products)
         order = np.lexsort((rows, -products), axis=1)
         return np.take_along_axis(products, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
     def save(self, path: Path) -> None:
         """Writes one file, whole or not at all; `load` reads it."""
-        meta = {"format": FORMAT, "config": dataclasses.asdict(self.config), "digest": self._digest}
+        meta = {
+            "format": FORMAT,
+            "config": dataclasses.asdict(self.config),
+            "digest": self._digest,
+            "longest": self._longest,
+        }
         with written_whole(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, meta=json.dumps(meta), index=_faiss().serialize_index(self._index))
 
@@ -141,7 +154,7 @@ class VectorIndex:
             if meta["format"] != FORMAT:
                 raise ValueError(f"format {meta['format']}, expected {FORMAT}")
             index = faiss.deserialize_index(arrays["index"])
-            return cls(index, IndexConfig(**meta["config"]), meta["digest"])
+            return cls(index, IndexConfig(**meta["config"]), meta["digest"], meta["longest"])
         except FileNotFoundError:
             raise ValueError(f"There is no index at {path}. Build it and save it there.") from None
         except (*DAMAGED, KeyError, TypeError) as error:
@@ -151,6 +164,19 @@ class VectorIndex:
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
     """Mean share of the exact best rows `(N, k)` that are among the found ones `(N, any)`; rows of -1 are none."""
     return float(np.mean([np.isin(best, rows).mean() for rows, best in zip(found, exact, strict=True)]))
+
+
+def _approximate_index(faiss: Any, shape: tuple[int, int], config: IndexConfig) -> Any:
+    count, width = shape
+    if config.kind == "hnsw":
+        index = faiss.IndexHNSWFlat(width, config.links)
+        index.hnsw.efConstruction = config.construction_effort
+        return index
+    cells = min(config.cells or max(1, round(4 * count**0.5)), count)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, cells)
+    # Few vectors per cell are no reason for a warning: the catalogue is what it is.
+    index.cp.min_points_per_centroid = 1
+    return index
 
 
 def _faiss() -> Any:

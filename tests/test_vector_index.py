@@ -7,7 +7,7 @@ from mvke_tf.exact import best_products
 from mvke_tf.vector_index import INDEX_KINDS, IndexConfig, VectorIndex, recall
 
 RANDOM = np.random.default_rng(0)
-# Vectors in clusters, as those of items are.
+# Vectors in clusters and of very different lengths, as those of items are.
 ITEMS = (RANDOM.normal(size=(20, 8))[RANDOM.integers(0, 20, 500)] + 0.2 * RANDOM.normal(size=(500, 8))).astype(
     "float32"
 )
@@ -31,7 +31,7 @@ def test_more_effort_finds_more(config, low, high):
     expected = best_products(USERS, ITEMS, 10)[1]
     little, much = (recall(index.search(USERS, 10, effort)[1], expected) for effort in (low, high))
     assert little < much
-    assert much > 0.95
+    assert much > 0.99
     products, rows = index.search(USERS, 10, high)
     np.testing.assert_allclose(products, np.einsum("ud,ukd->uk", USERS, ITEMS[rows]), atol=1e-5)
     assert (np.diff(products, axis=1) <= 0).all()

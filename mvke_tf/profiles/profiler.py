@@ -219,15 +219,28 @@ class Profiler:
         products, columns = {}, {}
         for task in self.tasks:
             count = min(top + most_seen, self._items.count)
-            products[task], columns[task] = indexes[task].search(vectors[task], count, effort)
-            if len(seen):
-                pairs = columns[task] + self._items.count * np.arange(len(columns[task]))[:, None]
-                hidden = np.isin(pairs, seen[:, 1] + self._items.count * seen[:, 0])
-                order = np.argsort(hidden, axis=1, kind="stable")[:, :top]
-                products[task] = np.take_along_axis(np.where(hidden, -np.inf, products[task]), order, axis=1)
-                columns[task] = np.take_along_axis(columns[task], order, axis=1)
+            values, found = indexes[task].search(vectors[task], count, effort)
+            pairs = found + self._items.count * np.arange(len(found))[:, None]
+            missing = (found < 0) | np.isin(pairs, seen[:, 1] + self._items.count * seen[:, 0])
+            kept = np.argsort(missing, axis=1, kind="stable")[:, :top]
+            missing, found = (np.take_along_axis(each, kept, axis=1) for each in (missing, found))
+            # An index tells products less exactly than the items.
+            values = np.where(missing, -np.inf, self._parts(task, vectors[task], found, 1)[..., 0])
+            order = np.lexsort((found, -values), axis=1)
+            products[task] = np.take_along_axis(values, order, axis=1)
+            columns[task] = np.take_along_axis(found, order, axis=1)
         outputs = outputs_of_products(self.model, products)
         return {task: (ops.convert_to_numpy(outputs[task]), columns[task]) for task in self.tasks}
+
+    def _parts(self, task: str, users: np.ndarray, columns: np.ndarray, count: int) -> np.ndarray:
+        """Inner products of users `(n, W)` with their own items `(n, k)`, in `count` equal parts: `(n, k, count)`."""
+        items = self.item_vectors[task]
+        width = items.shape[1]
+        parts = np.empty((*columns.shape, count), np.float32)
+        for some in slices(len(users), max(1, _GATHERED_BYTES // (4 * width * columns.shape[1]))):
+            products = items[columns[some]] * users[some][:, None, :]
+            parts[some] = products.reshape(*products.shape[:2], count, width // count).sum(axis=-1)
+        return parts
 
     def _check_indexes(self, indexes: Indexes, by: str) -> None:
         if set(indexes) != set(self.tasks):
@@ -272,14 +285,11 @@ class Profiler:
         columns, kernels = found[1], self._kernels[task]
         if not kernels:
             return np.full(columns.shape, -1, np.int16)
-        users, items = vectors[task], self.item_vectors[task]
-        chosen = np.empty(columns.shape, np.int16)
-        width = items.shape[1]
-        for some in slices(len(users), max(1, _GATHERED_BYTES // (4 * width * columns.shape[1]))):
-            parts = items[columns[some]] * users[some][:, None, :]
-            parts = parts.reshape(*parts.shape[:2], len(kernels), width // len(kernels)).sum(axis=-1)
-            chosen[some] = np.asarray(kernels, np.int16)[parts.argmax(axis=-1)]
-        return chosen
+        parts = self._parts(task, vectors[task], columns, len(kernels))
+        # A gate may leave kernels out altogether: they have no part, not one of 0.
+        left_out = ~self.item_vectors[task].reshape(self._items.count, len(kernels), -1).any(axis=-1)
+        parts[left_out[columns]] = -np.inf
+        return np.asarray(kernels, np.int16)[parts.argmax(axis=-1)]
 
     def _score_name(self, task: str) -> str:
         return "probability" if self._kinds[task] == "binary" else "value"

@@ -109,6 +109,19 @@ def test_the_kernel_has_the_largest_part_of_the_logit(model, profiler):
     assert len(chosen) > 2
 
 
+def test_a_kernel_that_the_gate_leaves_out_has_no_part(model):
+    profiler = Profiler(model, CATALOGUE, ["ctr"])
+    kernels = model.get_layer("gate_ctr").kernels
+    vectors = profiler.item_vectors["ctr"].reshape(40, len(kernels), -1)
+    vectors[:, 1:] = 0
+    vectors[20:] = 0
+    vectors[20:, 2] = 1
+    frame = profiler.profiles(some_users(10), top=40)["ctr"]
+    # Also where the only part is negative.
+    assert (frame["probability"] < 0.5).any()
+    assert (frame["kernel"] == np.where(frame["item"] < 120, kernels[0], kernels[2])).all()
+
+
 def test_a_genre_scores_the_mean_of_its_best_items(model, profiler):
     users = some_users(50, [(3, item) for item in range(0, 40, 2)] + [(8, item) for item in range(40)])
     frames = profiler.profiles(users, top=5, by="genre", genre_items=4)
