@@ -76,7 +76,10 @@ def profile_run(
     profiler = Profiler(model, Catalogue.of(run.prepared), tasks)
     indexes = None
     if index is not None:
-        indexes = {task: _index(profiler.item_vectors[task], index, task, folder, report) for task in profiler.tasks}
+        indexes = {
+            task: kept_index(profiler.item_vectors[task], index, folder / f"{task}_{index.kind}_index.npz", report)
+            for task in profiler.tasks
+        }
         _report_recall(profiler, people, indexes, top, effort, report)
     blocks = profiler.blocks(people, top, by, memory_mb, genre_items, indexes, effort)
     size = profiler.users_per_block(top, by, memory_mb, genre_items)
@@ -131,19 +134,22 @@ def _with_progress(blocks: Iterable[Frames], users: int, size: int) -> Iterable[
             bar.update(min(size, users - bar.n))
 
 
-def _index(
-    vectors: np.ndarray, config: IndexConfig, task: str, folder: Path, report: Callable[[str], object]
+def kept_index(
+    vectors: np.ndarray, config: IndexConfig, path: Path, report: Callable[[str], object] = print
 ) -> VectorIndex:
-    """The index that is kept in the folder, if it is of these vectors and settings; otherwise a new one, kept there."""
-    path = folder / f"{task}_{config.kind}_index.npz"
+    """The index in a file, if it is of these vectors and settings; otherwise a new one, which replaces it.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
     if path.is_file():
         index = VectorIndex.load(path)
         if index.config == config and index.fits(vectors):
-            report(f"Index of {task}: {path}, as it was")
+            report(f"Index: {path}, as it was")
             return index
     index = VectorIndex.build(vectors, config)
     index.save(path)
-    report(f"Index of {task}: {path}, built from {len(vectors):,} items")
+    report(f"Index: {path}, built from {len(vectors):,} items")
     return index
 
 

@@ -115,11 +115,11 @@ def test_a_kernel_that_the_gate_leaves_out_has_no_part(model):
     vectors = profiler.item_vectors["ctr"].reshape(40, len(kernels), -1)
     vectors[:, 1:] = 0
     vectors[20:] = 0
-    vectors[20:, 2] = 1
+    vectors[20:, -1] = 1
     frame = profiler.profiles(some_users(10), top=40)["ctr"]
     # Also where the only part is negative.
     assert (frame["probability"] < 0.5).any()
-    assert (frame["kernel"] == np.where(frame["item"] < 120, kernels[0], kernels[2])).all()
+    assert (frame["kernel"] == np.where(frame["item"] < 120, kernels[0], kernels[-1])).all()
 
 
 def test_a_genre_scores_the_mean_of_its_best_items(model, profiler):
