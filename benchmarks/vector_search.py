@@ -5,7 +5,8 @@ towers of a run make of them; or, with `--vectors gaussian`, independent normal 
 neighbourhood to search and every index is at its worst. Prints one JSON line per method and effort of its search.
 Queries are answered all in one call (`ms_per_user`) and one at a time (`ms_per_user_alone`; not by the scoring of all
 pairs, which is made for many users: one at a time, the flat index is the exact method). `memory_mib` is what a method
-holds: of exact scoring the vectors themselves, of an index the growth of the process while it is built.
+holds: of exact scoring the vectors themselves, of an index the growth of the process by its end; `build_memory_mib` is
+the most that the process grew meanwhile.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def main() -> None:
     from mvke_tf.run import Run
     from mvke_tf.vector_index import IndexConfig, VectorIndex, recall
 
-    growth = runpy.run_path(str(Path(__file__).with_name("profile_users.py")))["growth"]
+    measures = runpy.run_path(str(Path(__file__).with_name("profile_users.py")))
+    growth, resident = measures["growth"], measures["resident"]
     random = np.random.default_rng(0)
     run = Run.open(args.checkpoint_path, args.model)
     model = model_of_tasks(run.load_model(), [args.task])
@@ -108,10 +110,10 @@ def main() -> None:
         report("exact", **speed(together), recall=1.0, memory_mib=vectors, search_memory_mib=grown[0])
     for kind in (method for method in args.methods if method != "exact"):
         config = IndexConfig(kind, args.links, args.construction_effort, args.cells, threads=0)
-        started = time.perf_counter()
+        started, before = time.perf_counter(), resident()
         with growth(0.05) as grown:
             index = VectorIndex.build(items, config)
-        built = time.perf_counter() - started
+        built, held = time.perf_counter() - started, (resident() - before) / MIB
         for effort in EFFORTS[kind]:
             alone, together, found = seconds(lambda queries, n=effort, i=index: i.search(queries, args.top, n))
             report(
@@ -119,7 +121,8 @@ def main() -> None:
                 **({} if kind == "flat" else {"effort": effort}),
                 **speed(together, alone),
                 recall=round(recall(found, exact), 4),
-                memory_mib=grown[0],
+                memory_mib=round(held, 1),
+                build_memory_mib=grown[0],
                 build_seconds=round(built, 1),
             )
         del index

@@ -21,7 +21,11 @@ SCRIPT = REPOSITORY / "scripts" / "profile_users.py"
 @pytest.fixture(scope="module")
 def run(tiny_run_template) -> Run:
     """Only read here; what is written goes elsewhere."""
-    return Run(tiny_run_template)
+    run = Run(tiny_run_template)
+    model = run.load_model()
+    # Loading is tested elsewhere.
+    run.load_model = lambda: model
+    return run
 
 
 @pytest.fixture(scope="module")
