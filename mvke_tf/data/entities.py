@@ -19,9 +19,7 @@ def item_genres(prepared: Prepared) -> list[tuple[str, ...]]:
     """The names of the genres of each item, in the order of the items."""
     items = prepared.raw["item"]
     flags = items["genres" + WEIGHTS_SUFFIX] > 0
-    return [
-        tuple(names[flag].tolist()) for names, flag in zip(np.asarray(items["genres"], object), flags, strict=True)
-    ]
+    return [tuple(names[flag].tolist()) for names, flag in zip(np.asarray(items["genres"], object), flags, strict=True)]
 
 
 def known_ratings(prepared: Prepared) -> pd.DataFrame:

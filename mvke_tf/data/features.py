@@ -110,9 +110,7 @@ def _log(frames: MovieLens) -> pd.DataFrame:
     return frames.ratings.sort_values(["user_id", "timestamp", "item_id"], kind="stable", ignore_index=True)
 
 
-def _states(
-    frames: MovieLens, log: pd.DataFrame, users: np.ndarray, state_start: np.ndarray, length: int
-) -> Table:
+def _states(frames: MovieLens, log: pd.DataFrame, users: np.ndarray, state_start: np.ndarray, length: int) -> Table:
     """The raw table of states: each of one of `users`, who by then has rated all his rows of `log[:state_start]`."""
     user_start = np.searchsorted(log["user_id"], users)
     rating = log["rating"].to_numpy()
