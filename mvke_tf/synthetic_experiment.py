@@ -17,17 +17,16 @@ from pathlib import Path
 import keras
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 from tqdm import tqdm
 
 from mvke_tf.data.synthetic import TwoTaskRegression, two_task_regression
 from mvke_tf.figures import line_styles, save_figure
 from mvke_tf.files import write_json, written_whole
 from mvke_tf.models.dense_mmoe import build_mmoe
+from mvke_tf.statistics import mean_interval
 
 NUM_EXPERTS, EXPERT_UNITS, TOWER_UNITS = 8, 16, 8
 MODELS = {"mmoe": "MMoE", "omoe": "one-gate MoE", "shared_bottom": "shared bottom"}
-CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,12 +204,6 @@ def _read_cell(path: Path, config: ExperimentConfig) -> Cell:
     return cell
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of a sample and half the width of its 95 % confidence interval, by Student's t."""
-    half = stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values)), float(half)
-
-
 def final_losses(cells: Sequence[Cell], model: str, correlation: float) -> np.ndarray:
     """Test losses after the last step, in the order of the seeds."""
     chosen = [cell for cell in cells if cell.model == model and cell.correlation == correlation]
@@ -232,7 +225,7 @@ def results_table(cells: Sequence[Cell]) -> str:
     rows = [["model", "parameters", *(f"correlation {correlation:g}" for correlation in correlations)]]
     for model, words in MODELS.items():
         parameters = next(cell.parameters for cell in cells if cell.model == model)
-        losses = [interval(final_losses(cells, model, correlation)) for correlation in correlations]
+        losses = [mean_interval(final_losses(cells, model, correlation)) for correlation in correlations]
         rows.append([words, f"{parameters:,}", *(f"{mean:.4f} ± {half:.4f}" for mean, half in losses)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
@@ -253,7 +246,7 @@ def verdict(cells: Sequence[Cell]) -> str:
     for correlation in _correlations(cells):
         steps = []
         for better, worse in (("mmoe", "omoe"), ("omoe", "shared_bottom"), ("mmoe", "shared_bottom")):
-            mean, half = interval(gain(cells, better, worse, correlation))
+            mean, half = mean_interval(gain(cells, better, worse, correlation))
             word = "better than" if mean > half else "worse than" if mean < -half else "not told apart from"
             steps.append((f"{MODELS[better]} {word} {MODELS[worse]} ({mean:+.4f} ± {half:.4f})", mean > half))
         appears = "appears" if steps[0][1] and steps[1][1] else "does not appear"
@@ -262,7 +255,7 @@ def verdict(cells: Sequence[Cell]) -> str:
     if lowest < highest:
         for other in ("omoe", "shared_bottom"):
             growth = gain(cells, "mmoe", other, lowest) - gain(cells, "mmoe", other, highest)
-            mean, half = interval(growth)
+            mean, half = mean_interval(growth)
             word = "grows" if mean > half else "shrinks" if mean < -half else "does not measurably change"
             lines.append(
                 f"From correlation {highest:g} down to {lowest:g} the gap between MMoE and {MODELS[other]} {word} "
@@ -281,7 +274,7 @@ def figure(cells: Sequence[Cell]) -> Figure:
         for number, ((model, words), style) in enumerate(zip(MODELS.items(), line_styles(), strict=False)):
             chosen = [cell for cell in cells if (cell.model, cell.correlation) == (model, correlation)]
             curves = np.array([cell.losses for cell in chosen])
-            mean, half = np.transpose([interval(column) for column in curves.T])
+            mean, half = np.transpose([mean_interval(column) for column in curves.T])
             # Markers of the curves alternate, so that none hides another.
             marks = {"markevery": (number, len(MODELS)), "markersize": 5}
             panel.plot(chosen[0].steps, mean, label=words, **style | marks)

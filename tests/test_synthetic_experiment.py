@@ -13,7 +13,6 @@ from mvke_tf.synthetic_experiment import (
     ExperimentConfig,
     build_experiment_model,
     figure,
-    interval,
     results_table,
     run_experiment,
     train_cell,
@@ -110,11 +109,6 @@ def test_finished_trainings_are_not_repeated(tmp_path, trained):
     (tmp_path / "cells" / "omoe_0.5_1.json").write_text("{}")
     with pytest.raises(ValueError, match=r"omoe_0.5_1.json is damaged; delete it"):
         run_experiment(tmp_path, [0.5], 2, TINY, progress=False)
-
-
-def test_interval_by_hand():
-    # Student's t of two degrees of freedom at 97.5 %: 4.3027.
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.30265 / np.sqrt(3.0)), rel=1e-5)
 
 
 def test_the_verdict_follows_the_numbers():
