@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -51,6 +52,14 @@ def from_dict(cls: type[T], values: Any) -> T:
             continue
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
             raise ValueError(f"{cls.__name__}.{key} must be of the type of {default!r}. Received: {value!r}")
+        if isinstance(value, tuple):
+            # An empty default is one of numbers.
+            element = type(default[0]) if default else (int, float)
+            if any(not isinstance(entry, element) or isinstance(entry, bool) for entry in value):
+                kind = element.__name__ if default else "number"
+                raise ValueError(f"{cls.__name__}.{key} must be a list of {kind}s. Received: {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{cls.__name__}.{key} must be finite. Received: {value!r}")
     return cls(**given)
 
 
@@ -143,9 +152,9 @@ class ModelConfig:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
         _check(self, "tasks", self.tasks and set(self.tasks) <= set(TASKS), f"some of {TASKS}")
-        _check(self, "tasks", len(set(self.tasks)) == len(self.tasks), "different from one another")
-        # The product reads the click before the conversion.
-        object.__setattr__(self, "tasks", tuple(task for task in TASKS if task in self.tasks))
+        # The product reads the click before the conversion, and weights of tasks have one order.
+        ordered = tuple(task for task in TASKS if task in self.tasks)
+        _check(self, "tasks", self.tasks == ordered, f"different tasks in the order of {TASKS}")
         needed = {"impressions": set(), "clicked": {"cvr"}, "esmm": {"ctr", "cvr"}}
         _check(self, "conversion", self.conversion in CONVERSIONS, f"one of {CONVERSIONS}")
         _check(
@@ -189,7 +198,8 @@ class TrainingConfig:
         xla: Whether XLA compiles the training step (TensorFlow; JAX always does).
         steps_per_execution: Batches per call of the compiled training function; more of them save overhead.
         patience: Epochs without a better validation score after which training stops; 0 never stops early. The score
-            is the mean AUC of the classification tasks, or minus the mean RMSE where there is none.
+            is the mean AUC of the classification tasks, or minus the mean RMSE where there is none; with conversion
+            clicked, CVR counts with its AUC over the clicked rows, so that scores of other conversions do not compare.
         deterministic: Whether the same seed gives the same weights to the last bit; costs speed on a GPU.
         distinct: Whether the towers run once per distinct user state and item of a batch.
         seed: Seed of the weights, of dropout and of the order of the pairs.
@@ -217,7 +227,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _check(self, "epochs", self.epochs >= 1, "at least 1")
         _check(self, "batch_size", self.batch_size >= 1, "at least 1")
-        _check(self, "learning_rate", self.learning_rate > 0, "positive")
+        _check(self, "learning_rate", 0 < self.learning_rate < math.inf, "positive and finite")
         _check(self, "learning_rate_decay", 0 < self.learning_rate_decay <= 1, "in (0, 1]")
         object.__setattr__(self, "task_weights", tuple(self.task_weights))
         _check(self, "optimizer", self.optimizer in OPTIMIZERS, f"one of {OPTIMIZERS}")
@@ -226,7 +236,13 @@ class TrainingConfig:
         _check(self, "clipnorm", self.clipnorm >= 0, "0 or more")
         _check(self, "accumulation_steps", self.accumulation_steps >= 1, "at least 1")
         _check(self, "loss_weighting", self.loss_weighting in LOSS_WEIGHTINGS, f"one of {LOSS_WEIGHTINGS}")
-        _check(self, "task_weights", all(weight >= 0 for weight in self.task_weights), "0 or more each")
+        _check(
+            self,
+            "task_weights",
+            all(0 <= weight < math.inf for weight in self.task_weights)
+            and (not self.task_weights or any(self.task_weights)),
+            "finite numbers, 0 or more each, not all 0",
+        )
         _check(
             self,
             "task_weights",

@@ -208,7 +208,7 @@ def _figures(
     values = {
         task: (data.labels[task][_labelled(data, task)], predicted[task][_labelled(data, task)])
         for task in predicted
-        if kinds[task] == "regression"
+        if kinds[task] == "regression" and _labelled(data, task).any()
     }
     pictures = {}
     if binary:

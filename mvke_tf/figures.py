@@ -81,6 +81,9 @@ def regression_figure(curves: Curves, part: str) -> Figure:
         curves: Labels and predicted values, by the name of the curve.
         part: Name of the part, for the title.
     """
+    curves = {name: curve for name, curve in curves.items() if len(curve[0])}
+    if not curves:
+        raise ValueError("A picture of a regression needs at least one row with a label. Received: no row")
     errors = ", ".join(f"{name} {np.sqrt(np.mean(np.square(y - p))):.4f}" for name, (y, p) in curves.items())
     figure, axes = _square_axes(f"Regression, {part} part, {_rows(curves)} rows\nRMSE: {errors}")
     bins = {name: value_bins(*curve) for name, curve in curves.items()}

@@ -46,7 +46,8 @@ class TaskUncertainty(keras.layers.Layer):
     """
 
     def __init__(self, tasks: Sequence[str], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        # Outputs stay what they are under every dtype policy, as those of the heads do.
+        super().__init__(**{"dtype": "float32", **kwargs})
         self.tasks = tuple(tasks)
 
     def build(self, inputs_shape=None) -> None:

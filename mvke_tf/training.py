@@ -74,7 +74,10 @@ def build_optimizer(config: TrainingConfig, steps_per_epoch: int) -> keras.optim
         "gradient_accumulation_steps": config.accumulation_steps if config.accumulation_steps > 1 else None,
     }
     if config.optimizer == "adamw":
-        return keras.optimizers.AdamW(weight_decay=config.weight_decay, **settings)
+        optimizer = keras.optimizers.AdamW(weight_decay=config.weight_decay, **settings)
+        # Decay would pull the learned weights of the tasks towards 1.
+        optimizer.exclude_from_weight_decay(var_names=["log_variances"])
+        return optimizer
     return keras.optimizers.Adam(**settings)
 
 

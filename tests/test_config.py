@@ -52,7 +52,20 @@ def test_is_frozen():
         (ModelConfig, "attention_stddev", 0.0, "positive. Received: 0.0"),
         (TrainingConfig, "epochs", 0, "at least 1. Received: 0"),
         (TrainingConfig, "batch_size", 0, "at least 1. Received: 0"),
-        (TrainingConfig, "learning_rate", 0.0, "positive. Received: 0.0"),
+        (TrainingConfig, "learning_rate", 0.0, "positive and finite. Received: 0.0"),
+        (TrainingConfig, "learning_rate", float("inf"), "positive and finite. Received: inf"),
+        (
+            TrainingConfig,
+            "task_weights",
+            (0.0, 0.0),
+            r"finite numbers, 0 or more each, not all 0. Received: \(0.0, 0.0\)",
+        ),
+        (TrainingConfig, "task_weights", (-1.0,), r"finite numbers, 0 or more each, not all 0. Received: \(-1.0,\)"),
+        (TrainingConfig, "optimizer", "sgd", r"one of \('adam', 'adamw'\). Received: 'sgd'"),
+        (TrainingConfig, "accumulation_steps", 0, "at least 1. Received: 0"),
+        (ModelConfig, "tasks", ("rating", "ctr"), r"different tasks in the order of .*Received: \('rating', 'ctr'\)"),
+        (ModelConfig, "tasks", ("ctr", "ctr"), r"different tasks in the order of .*Received: \('ctr', 'ctr'\)"),
+        (ModelConfig, "conversion", "all", r"one of \('impressions', 'clicked', 'esmm'\). Received: 'all'"),
         (TrainingConfig, "patience", -1, "0 or more. Received: -1"),
         (TrainingConfig, "seed", 2**31, r"in \[0, 2\*\*31\). Received: 2147483648"),
     ],
@@ -70,3 +83,22 @@ def test_rejects_unknown_settings(values):
 
 def test_from_dict_builds_any_settings():
     assert from_dict(TrainingConfig, {"epochs": 2}) == TrainingConfig(epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"training": {"task_weights": ["a", 1]}}, r"task_weights must be a list of numbers. Received: \('a', 1\)"),
+        ({"model": {"hidden_dims": ["a"]}}, r"hidden_dims must be a list of ints. Received: \('a',\)"),
+        ({"training": {"learning_rate": float("nan")}}, "learning_rate must be finite. Received: nan"),
+    ],
+)
+def test_rejects_values_of_other_types_in_files(values, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(("conversion", "tasks"), [("esmm", ("ctr",)), ("clicked", ("ctr", "rating"))])
+def test_a_conversion_needs_its_tasks(conversion, tasks):
+    with pytest.raises(ValueError, match=r"ModelConfig.conversion must be 'impressions' unless the tasks have \["):
+        ModelConfig(tasks=tasks, conversion=conversion)

@@ -75,6 +75,26 @@ def test_adamw_decays_the_weights():
     assert_all_close(adamw, [new - 0.1 * 0.01 * old for new, old in zip(adam, start, strict=True)])
 
 
+def test_adamw_leaves_the_log_variances_alone():
+    decayed = []
+    for weight_decay in (0.0, 0.5):
+        _, model = build(optimizer="adamw", weight_decay=weight_decay, loss_weighting="uncertainty", learning_rate=0.1)
+        uncertainty_layer(model).log_variances.assign([2.0, -2.0])
+        model.train_on_batch(SIX, LABELS)
+        decayed.append(list(uncertainty_layer(model).by_task().values()))
+    assert decayed[0] == decayed[1]
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_conversions_alone_are_learned_from_clicked_rows(distinct):
+    """Without a task of clicks, the output is the conditional itself."""
+    schema = SCHEMA.with_tasks([Task("cvr")])
+    model = dataclasses.replace(PLAIN, tasks=("cvr",), conversion="clicked")
+    plain, trained = build(schema, model, distinct=distinct)
+    inputs = {**USERS, **ITEMS, **ROWS} if distinct else PAIRS
+    assert_close(numpy_outputs(trained, inputs)["cvr"], numpy_outputs(plain, PAIRS)["cvr"])
+
+
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_step_decay(accumulation_steps):
     """Every 2 epochs of 10 batches, factor 0.8; the optimizer counts its updates."""
@@ -103,15 +123,16 @@ def test_gradients_are_clipped_by_their_global_norm():
     assert gradient_norm(clipnorm=100.0) == pytest.approx(free, rel=1e-3)
 
 
+@pytest.mark.parametrize("loss_weighting", ["fixed", "uncertainty"])
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision(precision):
-    plain, model = build(precision=precision, learning_rate=0.01)
+def test_mixed_precision(precision, loss_weighting):
+    plain, model = build(precision=precision, loss_weighting=loss_weighting, learning_rate=0.01)
     assert {variable.dtype for variable in plain.trainable_variables} == {"float32"}
     assert plain.get_layer("virtual_kernel_experts").compute_dtype == precision.removeprefix("mixed_")
     assert keras.config.dtype_policy().name == "float32"
     outputs = numpy_outputs(plain, SIX)
     assert {output.dtype for output in outputs.values()} == {np.dtype("float32")}
-    same = build()[0]
+    same = build(loss_weighting=loss_weighting)[0]
     same.set_weights(plain.get_weights())
     for task, output in numpy_outputs(same, SIX).items():
         assert_close(outputs[task], output, 0.1)

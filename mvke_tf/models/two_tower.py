@@ -297,7 +297,7 @@ def training_model(model: keras.Model, distinct: bool = False, conditional: bool
         trained = distinct_model(model, conditional)
     else:
         outputs = {task: model.get_layer(task).output for task in task_names(model)}
-        if conditional:
+        if conditional and conditional_tasks(model):
             outputs |= conditional_model(model).output
         trained = keras.Model(model.input, outputs, name=f"{model.name}_training")
     uncertainty = uncertainty_layer(model)
