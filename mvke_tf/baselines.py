@@ -254,7 +254,7 @@ def _lightgbm() -> Any:
         import lightgbm as library
     except ImportError as error:
         raise ValueError(
-            "The baseline lightgbm needs the package LightGBM: pip install 'mvke_tf[compare]', or leave it out of "
+            "The baseline lightgbm needs the package LightGBM: pip install '.[compare]', or leave it out of "
             f"--models. Received: {error}"
         ) from error
     return library

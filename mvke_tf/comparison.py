@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mvke_tf.baselines import check_baseline, run_baseline
 from mvke_tf.comparison_tables import comparison_figure, markdown, summary
-from mvke_tf.config import BASELINE_NAMES, RunConfig
+from mvke_tf.config import BASELINE_NAMES, RunConfig, TrainingConfig
 from mvke_tf.data.prepared import Prepared, prepare_movielens
 from mvke_tf.evaluation import evaluate_model
 from mvke_tf.figures import save_figure
@@ -34,8 +34,10 @@ from mvke_tf.models import check_model
 from mvke_tf.run import Run, RunError
 
 PARTS = ("validation", "test")
-# What one model of the comparison shares with every other: who sees the same pairs as often had the same chance.
-BUDGET = ("epochs", "batch_size", "patience")
+# What one model of the comparison need not share with every other, beside the shape of the model.
+OWN = ("learning_rate", "learning_rate_decay", "learning_rate_decay_epochs", "seed")
+# Who sees the same pairs as often, and learns from them in the same way, had the same chance.
+BUDGET = tuple(field.name for field in dataclasses.fields(TrainingConfig) if field.name not in OWN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Comparison:
     Args:
         folder: Where everything is kept.
         configs: `{model: settings}`, in the order of the table, for networks and baselines alike; names and seeds in
-            them have no influence. They may differ in the shape of the model and in the learning rate, not in the
-            data, the tasks and the budget (`BUDGET`).
+            them have no influence. They may differ in the shape of the model, the learning rate and its decay, not in
+            the data, the tasks and the budget (`BUDGET`).
         seeds: Seeds per model, 0 to `seeds - 1`.
         data_dir: Where raw and prepared data are kept.
     """
@@ -252,7 +254,7 @@ def _check_same_budget(configs: Mapping[str, RunConfig]) -> None:
     """Raises a ValueError unless all models learn the same tasks, from the same data, for as long."""
     (first, expected), *others = configs.items()
     for model, config in others:
-        for name in ("data", "model.tasks", *(f"training.{name}" for name in BUDGET)):
+        for name in ("data", "model.tasks", "model.conversion", *(f"training.{name}" for name in BUDGET)):
             if _setting(config, name) != _setting(expected, name):
                 raise ValueError(
                     f"All models of a comparison need one `{name}`. Received: {_setting(expected, name)} of {first} "

@@ -119,7 +119,7 @@ class ModelConfig:
             keeps all. For mixtures of experts.
         balance_coefficient: Coefficient of the training loss that evens out the use of experts, for every gate the
             squared coefficient of variation of the experts' total weight in a batch (with `distinct`, over its distinct
-            users or items); 0 leaves it out. For mixtures of experts.
+            users or items and the rows that fill them up); 0 leaves it out. For mixtures of experts.
         dropout_rate: Dropout after every hidden layer.
         embedding_dropout_rate: Dropout of the field embeddings.
         kernel_stddev: Standard deviation of the first virtual kernels; published: 0.01.

@@ -114,7 +114,8 @@ def _check(model: keras.Model, path: Path, part: str) -> None:
     half = sorted({layer.name for layer in model.layers if layer.compute_dtype in ("float16", "bfloat16")})
     if half:
         raise OnnxError(
-            f"Only float32 models can be exported; build or train it without mixed precision. Received: {half}"
+            "Only float32 models can be exported; build or train it with --precision float32. "
+            f"Received: half precision in {half[0]} and {len(half) - 1} other layers"
         )
 
 

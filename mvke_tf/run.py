@@ -3,12 +3,12 @@
 runs/<name>/
     config.json      settings of data, model and training
     prepared.npz     the prepared data, encoders included (a hard link where the file system has them)
-    best.keras       the model of the epoch with the best mean validation AUC
+    best.keras       the model of the epoch with the best validation score
     state.npz        everything that resuming needs: weights, optimizer, seeds, history
     log.csv          one row per epoch
     tensorboard/     for `tensorboard --logdir runs`
     report.json      what scripts/evaluate.py measured; figures/ holds its pictures
-    export/          what scripts/export.py wrote
+    export/          what scripts/export.py wrote; analysis/, profiles/ and onnx/ what those scripts wrote
 """
 
 from __future__ import annotations

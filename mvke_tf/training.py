@@ -19,7 +19,7 @@ from mvke_tf.config import RunConfig, TrainingConfig
 from mvke_tf.data.dataset import Batches
 from mvke_tf.data.prepared import prepare_movielens
 from mvke_tf.losses import task_losses, uncertainty_layer, with_uncertainty
-from mvke_tf.models import build_model, check_model
+from mvke_tf.models import build_model, check_model, unread_settings
 from mvke_tf.models.two_tower import task_kinds, training_model
 from mvke_tf.run import History, Run
 from mvke_tf.schema import Schema
@@ -239,6 +239,9 @@ def train(
             (`RunError`), or the loss becomes NaN or infinite (`TrainingError`).
     """
     check_model(config.model.name, len(config.model.tasks))
+    unread = unread_settings(config.model)
+    if unread:
+        report(f"Note: {config.model.name} does not read {', '.join(unread)}; this has no influence.")
     name = run_name or f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     prepared = prepare_movielens(data_dir, config.data, report=report)
     return train_run(Run.create(runs_dir / name, config, prepared), report)

@@ -23,6 +23,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from mvke_tf.config import RunConfig
+from mvke_tf.data.movielens import DataError
 from mvke_tf.files import write_json, written_whole
 from mvke_tf.finished_runs import finished_run
 from mvke_tf.models import check_model
@@ -119,7 +120,10 @@ def tune(
                 try:
                     score = _run_trial(trial_config(base, trial.hyperparameters.values), folder, trial, data_dir)
                     oracle.update_trial(trial.trial_id, {OBJECTIVE: score})
-                except TrainingError as error:
+                except (DataError, RunError):
+                    raise
+                except ValueError as error:
+                    # Diverged, or a shape that cannot be built, as more kept kernels than a task sees.
                     trial.status, trial.message = "FAILED", str(error)
                     progress.write(f"{_name(trial)} failed: {error}")
             oracle.end_trial(trial)
@@ -181,6 +185,6 @@ def _keras_tuner() -> Any:
         import keras_tuner.engine.base_tuner
     except ImportError as error:
         raise ValueError(
-            f"The search needs the package KerasTuner: pip install 'mvke_tf[tune]'. Received: {error}"
+            f"The search needs the package KerasTuner: pip install '.[tune]'. Received: {error}"
         ) from error
     return keras_tuner

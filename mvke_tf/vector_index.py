@@ -5,7 +5,7 @@ confuses them. Such an index therefore holds each vector x with one more coordin
 length of the longest; a query gets a 0 there. All vectors then have the length R, and the nearest of a query is the one
 with the largest inner product (Bachrach et al., RecSys 2014).
 
-Needs FAISS (`pip install 'mvke_tf[faiss]'`). It pays where the catalogue is large: benchmarks/vector_search.py measures
+Needs FAISS (`pip install '.[faiss]'`). It pays where the catalogue is large: benchmarks/vector_search.py measures
 from where on; a few thousand items are scored exactly in less time.
 """
 
@@ -184,7 +184,7 @@ def _faiss() -> Any:
         import faiss
     except ImportError as error:
         raise ValueError(
-            f"Vector search needs FAISS: pip install 'mvke_tf[faiss]' (or faiss-cpu). Received: {error}"
+            f"Vector search needs FAISS: pip install '.[faiss]' (or faiss-cpu). Received: {error}"
         ) from error
     return faiss
 

@@ -18,6 +18,9 @@ def user_id(text: str) -> int | str:
     return text if text == "all" else int(text)
 
 
+SEARCHES = ("flat", "hnsw", "ivf")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_run_arguments(parser)
@@ -50,20 +53,24 @@ def main() -> None:
         "an index finds the items, approximately, instead of scoring them all; pays for large catalogues",
     )
     search.add_argument("--index", choices=("faiss",), help="library of the index (default: none, exact scoring)")
-    search.add_argument(
-        "--index_kind", choices=("flat", "hnsw", "ivf"), default="hnsw", help="kind of the index (default: hnsw)"
-    )
-    search.add_argument("--links", type=positive_int, default=32, help="HNSW: links per item (default: 32)")
+    search.add_argument("--index_kind", choices=SEARCHES, help="kind of the index (default: hnsw)")
+    search.add_argument("--links", type=positive_int, help="HNSW: links per item (default: 32)")
     search.add_argument("--cells", type=positive_int, help="IVF: number of cells (default: 4 sqrt(items))")
     search.add_argument(
         "--effort",
         type=positive_int,
-        default=64,
         help="HNSW: candidates kept while searching; IVF: cells looked into (default: 64)",
     )
     args = parser.parse_args()
     if "all" in args.users and len(args.users) > 1:
         parser.error(f"argument --users: expected ids or all, received {args.users}")
+    kind = (args.index_kind or "hnsw") if args.index else None
+    for option, kinds in {"index_kind": SEARCHES, "links": ("hnsw",), "cells": ("ivf",), "effort": SEARCHES}.items():
+        if getattr(args, option) is not None and kind not in kinds:
+            found = f"an index of the kind {kind}" if kind else "no --index"
+            parser.error(
+                f"argument --{option}: belongs to --index with --index_kind {'|'.join(kinds)}, received {found}"
+            )
 
     # TensorFlow takes seconds to import: only after the arguments have proved right.
     from mvke_tf.profiles import profile_run
@@ -81,8 +88,8 @@ def main() -> None:
         genre_items=args.genre_items,
         formats=args.format,
         folder=args.out,
-        index=IndexConfig(args.index_kind, links=args.links, cells=args.cells or 0) if args.index else None,
-        effort=args.effort,
+        index=IndexConfig(kind, links=args.links or 32, cells=args.cells or 0) if kind else None,
+        effort=args.effort or 64,
     )
     for task, paths in files.items():
         print(f"{task}: {', '.join(map(str, paths))}")

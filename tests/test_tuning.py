@@ -147,7 +147,7 @@ def test_what_cannot_be_searched_is_explained(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="No trial could be trained"):
         tune(BASE, tmp_path, 5)
     monkeypatch.setitem(sys.modules, "keras_tuner", None)
-    with pytest.raises(ValueError, match=r"pip install 'mvke_tf\[tune\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[tune\]'"):
         tune(BASE, tmp_path, 2)
 
 

@@ -119,5 +119,5 @@ def test_without_faiss_the_error_says_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ValueError, match=r"pip install 'mvke_tf\[faiss\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[faiss\]'"):
         VectorIndex.build(ITEMS)

@@ -312,7 +312,7 @@ def _plane(items: np.ndarray, kernels: np.ndarray, method: str, seed: int) -> tu
             import umap
         except ImportError as error:
             raise ValueError(
-                f"The map 'umap' needs umap-learn: pip install 'mvke_tf[umap]', or choose 'tsne'. Received: {error}"
+                f"The map 'umap' needs umap-learn: pip install '.[umap]', or choose 'tsne'. Received: {error}"
             ) from error
         neighbours = min(15, len(together) - 1)
         return umap.UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(together), undefined

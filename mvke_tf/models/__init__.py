@@ -22,6 +22,29 @@ MODELS: dict[str, Callable[[Schema, ModelConfig], keras.Model]] = {
     "single_task": build_single_task,
 }
 
+# Settings of a model that not every model reads, and those that do.
+MIXTURES = ("mvke", "mmoe", "cgc", "ple")
+READERS = {
+    "num_virtual_kernels": ("mvke",),
+    "num_experts": ("mmoe", "cgc", "ple"),
+    "num_levels": ("ple",),
+    "shared_experts": ("mvke",),
+    "gate_top_k": MIXTURES,
+    "balance_coefficient": MIXTURES,
+    "kernel_stddev": ("mvke",),
+    "attention_stddev": ("mvke",),
+}
+
+
+def unread_settings(config: ModelConfig) -> list[str]:
+    """Names of the settings that are not the default's and that the model of this name does not read."""
+    default = ModelConfig()
+    return [
+        name
+        for name, readers in READERS.items()
+        if config.name not in readers and getattr(config, name) != getattr(default, name)
+    ]
+
 
 def check_model(name: str, num_tasks: int | None = None) -> None:
     """Does nothing if there is a model of this name, for so many tasks.

@@ -2,10 +2,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from mvke_tf.analysis import Study, evaluate_multitask_model, explain_user, gate_effect
 from mvke_tf.data.dataset import Batches
 from mvke_tf.metrics import auc, binary_metrics
+from mvke_tf.models.dense_mmoe import build_mmoe
 from mvke_tf.models.two_tower import conditional_model
 from mvke_tf.schema import Task
 from tests.analysis.conftest import set_gate
@@ -119,6 +121,7 @@ def test_effect_on_regression_and_on_what_comes_after(make_model, pairs):
 
     measured = evaluate_multitask_model(model, data)
     assert measured["rating"]["rmse"] == pytest.approx(rmse, rel=1e-5) and measured["rating"]["rows"] == 5
+    assert measured["rating"]["mse"] == pytest.approx(rmse**2, rel=1e-5)
     assert measured["cvr"]["auc"] == pytest.approx(expected)
 
 
@@ -134,3 +137,18 @@ def test_evaluate_multitask_model_equals_the_metrics(make_model, pairs):
             assert measured[task][name] == (value if value is None else pytest.approx(value, rel=1e-5)), name
     with pytest.raises(ValueError, match=r"lacks the labels of \['cvr'\]"):
         evaluate_multitask_model(model, dataclasses.replace(pairs, labels={"ctr": pairs.labels["ctr"]}))
+
+
+def test_evaluate_multitask_model_of_the_plain_mmoe():
+    """With the kinds of its tasks; the gate weights among its outputs are no task."""
+    model = build_mmoe(input_dim=3, return_expert_weights=True)
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    labels = {"task_0": (x[:, :1] > 0).astype("float32"), "task_1": x[:, 1:2]}
+    dataset = tf.data.Dataset.from_tensor_slices((x, labels)).batch(3)
+    measured = evaluate_multitask_model(model, dataset, kinds={"task_0": "binary", "task_1": "regression"})
+    outputs = {task: np.asarray(output, np.float64) for task, output in model(x).items()}
+    assert set(measured) == {"task_0", "task_1"}
+    assert measured["task_0"]["auc"] == pytest.approx(auc(labels["task_0"][:, 0], outputs["task_0"][:, 0]))
+    assert measured["task_1"]["mse"] == pytest.approx(np.mean((outputs["task_1"] - x[:, 1:2]) ** 2), rel=1e-5)
+    with pytest.raises(ValueError, match=r"lacks the labels of \['task_2'\]"):
+        evaluate_multitask_model(model, dataset, kinds={"task_2": "binary"})

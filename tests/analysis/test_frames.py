@@ -187,7 +187,7 @@ def test_other_maps(run_study, monkeypatch):
     assert np.isfinite(first[["x", "y"]]).all().all() and first["share_x"].isna().all() and first["x"].std() > 0
 
     monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(ValueError, match=r"pip install 'mvke_tf\[umap\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[umap\]'"):
         item_map(run_study, "umap")
     calls = []
 

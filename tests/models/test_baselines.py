@@ -1,15 +1,16 @@
 """What the models besides MVKE have of their own; tests/test_golden.py holds them to the recorded numbers."""
 
 import dataclasses
+import json
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from mvke_tf.config import MODEL_NAMES
+from mvke_tf.config import MODEL_NAMES, ModelConfig
 from mvke_tf.layers import Experts
-from mvke_tf.models import MODELS, build_model
+from mvke_tf.models import MODELS, READERS, build_model, unread_settings
 from mvke_tf.models.mmoe import cgc_experts
 from mvke_tf.models.two_tower import gate_model, tower
 from mvke_tf.schema import Task
@@ -190,3 +191,32 @@ def test_an_expert_that_does_not_exist():
 
 def test_the_names_of_command_lines_are_the_models():
     assert set(MODEL_NAMES) == set(MODELS)
+
+
+def test_settings_that_a_model_does_not_read():
+    config = ModelConfig(gate_top_k=2, num_experts=4, num_virtual_kernels=3, dropout_rate=0.1)
+    unread = {
+        name: unread_settings(dataclasses.replace(config, name=name)) for name in ("mvke", "mmoe", "shared_bottom")
+    }
+    assert unread == {
+        "mvke": ["num_experts"],
+        "mmoe": ["num_virtual_kernels"],
+        "shared_bottom": ["num_virtual_kernels", "num_experts", "gate_top_k"],
+    }
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("setting", sorted(READERS))
+def test_the_readers_of_a_setting_are_those_whose_graph_it_changes(name, setting):
+    """Compared by the configuration of all layers, which holds the shapes and first scales of all weights."""
+    changed = {
+        **{"num_virtual_kernels": 4, "num_experts": 7, "num_levels": 3, "shared_experts": True, "gate_top_k": 1},
+        **{"balance_coefficient": 0.5, "kernel_stddev": 0.7, "attention_stddev": 0.7},
+    }
+    tasks = [Task("ctr")] if name == "single_task" else [Task("ctr"), Task("cvr")]
+    graphs = []
+    for config in (CONFIG, dataclasses.replace(CONFIG, **{setting: changed[setting]})):
+        keras.backend.clear_session()
+        model = build_model(name, SCHEMA.with_tasks(tasks), dataclasses.replace(config, name=name))
+        graphs.append(json.dumps(model.get_config(), sort_keys=True, default=str))
+    assert (graphs[0] != graphs[1]) == (name in READERS[setting])

@@ -191,6 +191,11 @@ def test_the_script_names_what_is_wrong(script, run, tmp_path):
         (["--task", "click"], "Received: ['click']"),
         (["--users", "all", 3], "argument --users: expected ids or all, received ['all', 3]"),
         (["--users", "4x"], "expected ids of users, or all; received '4x'"),
+        (
+            ["--index_kind", "ivf"],
+            "--index_kind: belongs to --index with --index_kind flat|hnsw|ivf, received no --index",
+        ),
+        (["--index", "faiss", "--cells", 3], "--cells: belongs to --index with --index_kind ivf, received an index of"),
     ):
         status, _, error = script(*options, *arguments)
         assert status == 2 and message in error

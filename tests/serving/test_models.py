@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mvke_tf.config import ModelConfig
+from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
 from mvke_tf.data.features import Encoder, RawFeature
 from mvke_tf.models import build_model
 from mvke_tf.models.two_tower import gate_model
 from mvke_tf.schema import Task
 from mvke_tf.serving import Catalogue, Serving, export_saved_model
+from mvke_tf.training import build_training_model
 from tests.serving.helpers import assert_close, predicted, rows_of
 
 FEATURES = (
@@ -183,3 +184,17 @@ def test_a_catalogue_that_cannot_be_used(ids, titles, message):
 
 def test_titles_are_the_ids_where_there_are_none():
     assert Catalogue([5, 3, 4, 2, 1], TABLES["item"]).titles.tolist() == ["5", "3", "4", "2", "1"]
+
+
+def test_every_door_of_a_half_precision_model_with_uncertainty_weights(encoder):
+    """Heads are float32 under every policy, so the doors agree and nothing is rounded behind them."""
+    config = ModelConfig("mmoe", embedding_dim=4, hidden_dims=(6,), num_experts=4, embedding_stddev=1.0)
+    settings = TrainingConfig(precision="mixed_bfloat16", loss_weighting="uncertainty")
+    model, _ = build_training_model(RunConfig(model=config, training=settings), encoder.schema(TASKS), 1)
+    served = Serving(model, encoder, CATALOGUE)
+    users = {name: tf.convert_to_tensor(column) for name, column in TABLES["user"].items()}
+    scores = served.score_ids(item_ids=tf.constant([list(TABLES["item"]["ad"])] * 4), **users)
+    for task, values in wanted(model, encoder).items():
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(scores[task], values, rtol=0, atol=1e-6)
+        assert len(np.unique(values)) == values.size
