@@ -193,7 +193,7 @@ def test_the_script_names_what_is_wrong(script, run, tmp_path):
         (["--users", "4x"], "expected ids of users, or all; received '4x'"),
         (
             ["--index_kind", "ivf"],
-            "--index_kind: belongs to --index with --index_kind flat|hnsw|ivf, received no --index",
+            "--index_kind: belongs to --index with --index_kind flat|hnsw|ivf, received no",
         ),
         (["--index", "faiss", "--cells", 3], "--cells: belongs to --index with --index_kind ivf, received an index of"),
     ):
