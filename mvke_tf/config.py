@@ -202,6 +202,7 @@ class TrainingConfig:
             clicked, CVR counts with its AUC over the clicked rows, so that scores of other conversions do not compare.
         deterministic: Whether the same seed gives the same weights to the last bit; costs speed on a GPU.
         distinct: Whether the towers run once per distinct user state and item of a batch.
+        monitor_images_epochs: Epochs from one heat map of the gates in TensorBoard to the next; 0 draws none.
         seed: Seed of the weights, of dropout and of the order of the pairs.
     """
 
@@ -222,6 +223,7 @@ class TrainingConfig:
     patience: int = 3
     deterministic: bool = True
     distinct: bool = False
+    monitor_images_epochs: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -252,6 +254,7 @@ class TrainingConfig:
         _check(self, "precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
         _check(self, "steps_per_execution", self.steps_per_execution >= 1, "at least 1")
         _check(self, "patience", self.patience >= 0, "0 or more")
+        _check(self, "monitor_images_epochs", self.monitor_images_epochs >= 0, "0 or more")
         _check(self, "seed", 0 <= self.seed < 2**31, "in [0, 2**31)")
 
 

@@ -1,15 +1,19 @@
-"""Pictures that several verbs draw: styles that differ without colour too, ROC and calibration curves."""
+"""Pictures that several verbs draw: styles that differ without colour too, ROC and calibration curves, heat maps."""
 
 from __future__ import annotations
 
+import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import roc_curve
 
 from mvke_tf.files import written_whole
@@ -111,3 +115,50 @@ def _square_axes(title: str) -> tuple[Figure, Axes]:
     axes.set_title(title, fontsize=11)
     axes.grid(color="0.9")
     return figure, axes
+
+
+def heat_map_png(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, top: float) -> bytes:
+    """A heat map that takes milliseconds to draw, for pictures while training runs.
+
+    Args:
+        values: `(R, C)`; cells state them with two decimals, those without a number (NaN) stay grey.
+        rows: Names of the rows.
+        columns: Names of the columns.
+        title: Lines above it.
+        top: Value of the lightest colour; 0 has the darkest.
+
+    Returns:
+        A PNG file.
+    """
+    width, height, gap = 56, 22, 6
+    left = 2 * gap + max(round(_font().getlength(name)) for name in rows)
+    above = height * (2 + title.count("\n")) + gap
+    right = max(
+        left + width * len(columns), 2 * gap + max(round(_font().getlength(line)) for line in title.split("\n"))
+    )
+    image = Image.new("RGB", (right + gap, above + height * len(rows) + gap), "white")
+    draw = ImageDraw.Draw(image)
+    draw.multiline_text((gap, gap), title, "black", _font())
+    for column, name in enumerate(columns):
+        draw.text((left + width * (column + 0.5), above - height / 2), name, "black", _font(), anchor="mm")
+    colours = matplotlib.colormaps["cividis"].with_extremes(bad="#e8e8e8")(
+        np.ma.masked_invalid(np.clip(np.asarray(values, np.float64) / top, 0, 1)), bytes=True
+    )
+    for row, name in enumerate(rows):
+        y = above + height * row
+        draw.text((left - gap, y + height / 2), name, "black", _font(), anchor="rm")
+        for column in range(len(columns)):
+            x, value = left + width * column, values[row][column]
+            colour = tuple(int(part) for part in colours[row, column][:3])
+            draw.rectangle((x, y, x + width - 2, y + height - 2), fill=colour)
+            if np.isfinite(value):
+                text = "white" if np.dot(colour, (0.299, 0.587, 0.114)) < 128 else "black"
+                draw.text((x + width / 2, y + height / 2), f"{value:.2f}", text, _font(), anchor="mm")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=1)
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 13)

@@ -68,6 +68,11 @@ class TaskUncertainty(keras.layers.Layer):
         return {**super().get_config(), "tasks": self.tasks}
 
 
+def uncertainty_weight(log_variance: Any, kind: str) -> Any:
+    """What the loss of a task is multiplied with: `exp(-s)` for a binary task, `exp(-s) / 2` for a regression task."""
+    return ops.exp(-log_variance) * (1.0 if kind == "binary" else 0.5)
+
+
 @keras.saving.register_keras_serializable(package="mvke_tf")
 class UncertaintyLoss(keras.losses.Loss):
     """The loss L of one task, weighted by its trained log-variance s.
@@ -111,8 +116,7 @@ class UncertaintyLoss(keras.losses.Loss):
                 "with it. Received: a loss that no such model was compiled with"
             )
         log_variance = self._log_variance()
-        precision = ops.exp(-log_variance) * (1.0 if self.kind == "binary" else 0.5)
-        return precision * self.loss.call(y_true, y_pred) + 0.5 * log_variance
+        return uncertainty_weight(log_variance, self.kind) * self.loss.call(y_true, y_pred) + 0.5 * log_variance
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "task": self.task, "kind": self.kind}

@@ -7,6 +7,7 @@ runs/<name>/
     state.npz        everything that resuming needs: weights, optimizer, seeds, history
     log.csv          one row per epoch
     tensorboard/     for `tensorboard --logdir runs`
+    warnings.txt     gates that collapsed and experts that died, by epoch; absent if there was none
     report.json      what scripts/evaluate.py measured; figures/ holds its pictures
     export/          what scripts/export.py wrote; analysis/, profiles/ and onnx/ what those scripts wrote
 """
@@ -50,6 +51,7 @@ class Run:
         self.figures = self.folder / "figures"
         self.logs = self.folder / "tensorboard"
         self.log_file = self.folder / "log.csv"
+        self.warnings_file = self.folder / "warnings.txt"
         self.export = self.folder / "export"
 
     @classmethod
@@ -111,6 +113,7 @@ class Run:
             "settings": self.folder / "config.json",
             "best checkpoint": self.checkpoint,
             "log": self.log_file,
+            "warnings": self.warnings_file,
             "TensorBoard": self.logs,
             "report": self.report_file,
             "figures": self.figures,

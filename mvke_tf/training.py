@@ -17,10 +17,12 @@ import numpy as np
 
 from mvke_tf.config import RunConfig, TrainingConfig
 from mvke_tf.data.dataset import Batches
+from mvke_tf.data.groups import movielens_groups
 from mvke_tf.data.prepared import prepare_movielens
 from mvke_tf.losses import task_losses, uncertainty_layer, with_uncertainty
 from mvke_tf.models import build_model, check_model, unread_settings
 from mvke_tf.models.two_tower import task_kinds, training_model
+from mvke_tf.monitoring import Monitor, item_columns, write_best
 from mvke_tf.run import History, Run
 from mvke_tf.schema import Schema
 
@@ -160,23 +162,18 @@ def is_finished(history: History, config: TrainingConfig) -> bool:
     return bool(config.patience and history) and len(history) - 1 - best_epoch(history) >= config.patience
 
 
-class RunKeeper(keras.callbacks.Callback):
-    """Keeps a run directory up to date, and stops training that has diverged.
-
-    The state file is written last: a process killed at any moment resumes at the last epoch that finished, whose
-    successors it repeats exactly.
+class EpochWatch(keras.callbacks.Callback):
+    """Stops training that has diverged, and adds to the logs of an epoch what `fit` does not know.
 
     Args:
         run: The run.
-        plain: The model to checkpoint; the model in training may be its `distinct_model`.
-        history: The epochs that finished before.
         config: Settings of the training.
         rows: Pairs per epoch.
     """
 
-    def __init__(self, run: Run, plain: keras.Model, history: History, config: TrainingConfig, rows: int) -> None:
+    def __init__(self, run: Run, config: TrainingConfig, rows: int) -> None:
         super().__init__()
-        self.run, self.plain, self.history, self.config, self.rows = run, plain, history, config, rows
+        self.run, self.config, self.rows = run, config, rows
         self._epoch = self._started = self._stopped = 0
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -207,6 +204,25 @@ class RunKeeper(keras.callbacks.Callback):
         if uncertainty is not None:
             logs |= {f"log_variance_{task}": float(value) for task, value in uncertainty.by_task().items()}
         logs["rows_per_second"] = self.rows / (self._stopped - self._started)
+
+
+class RunKeeper(keras.callbacks.Callback):
+    """Keeps a run directory up to date. The last of the callbacks: what they wrote of an epoch counts with its state.
+
+    The state file is written last: a process killed at any moment resumes at the last epoch that finished, whose
+    successors it repeats exactly.
+
+    Args:
+        run: The run.
+        plain: The model to checkpoint; the model in training may be its `distinct_model`.
+        history: The epochs that finished before.
+    """
+
+    def __init__(self, run: Run, plain: keras.Model, history: History) -> None:
+        super().__init__()
+        self.run, self.plain, self.history = run, plain, history
+
+    def on_epoch_end(self, epoch, logs=None):
         self.history.append({"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}})
         if best_epoch(self.history) == epoch:
             self.run.save_checkpoint(self.plain)
@@ -279,26 +295,37 @@ def train_run(run: Run, report: Callable[[str], object] = print) -> Result:
         f"{plain.name}: {plain.count_params():,} parameters, {len(training.data):,} training pairs in "
         f"{training.steps:,} batches, {len(validation.data):,} validation pairs"
     )
+    monitor = Monitor(
+        run.logs,
+        plain,
+        parts["validation"],
+        [group for group in movielens_groups(run.prepared) if group.variable == "genre"],
+        config.monitor_images_epochs,
+        run.warnings_file,
+        report,
+    )
     if is_finished(history, config):
         report(f"All {finished} epochs of {run.folder} have finished already.")
     else:
         if finished:
             report(f"Continuing {run.folder} after epoch {finished}.")
-        callbacks = [
-            RunKeeper(run, plain, history, config, len(training.data)),
-            keras.callbacks.TensorBoard(run.logs, write_graph=False),
-        ]
-        # One call per epoch, whose data end with it: steps_per_execution would read on into the next epoch otherwise.
-        while not is_finished(history, config):
-            model.fit(
-                training.epoch(config.seed, len(history)),
-                epochs=config.epochs,
-                initial_epoch=len(history),
-                validation_data=validation.in_order(),
-                shuffle=False,
-                verbose=1 if sys.stdout.isatty() else 2,
-                callbacks=callbacks,
-            )
+        callbacks = [EpochWatch(run, config, len(training.data)), monitor, RunKeeper(run, plain, history)]
+        try:
+            # One call per epoch, whose data end with it: steps_per_execution would read on into the next one otherwise.
+            while not is_finished(history, config):
+                model.fit(
+                    training.epoch(config.seed, len(history)),
+                    epochs=config.epochs,
+                    initial_epoch=len(history),
+                    validation_data=validation.in_order(),
+                    shuffle=False,
+                    verbose=1 if sys.stdout.isatty() else 2,
+                    callbacks=callbacks,
+                )
+        finally:
+            monitor.close()
+    if not monitor.best.exists():
+        _write_best(run, history, monitor.best)
     speeds = [epoch["rows_per_second"] for epoch in history[finished:]]
     return Result(
         run,
@@ -308,6 +335,22 @@ def train_run(run: Run, report: Callable[[str], object] = print) -> Result:
         # Kilobytes on Linux, bytes on macOS.
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         _gpu_peak_memory(),
+    )
+
+
+def _write_best(run: Run, history: History, folder: Path) -> None:
+    best = best_epoch(history)
+    metrics = {name: value for name, value in history[best].items() if name.startswith("val_")}
+    speed = float(np.median([epoch["rows_per_second"] for epoch in history]))
+    prepared = run.prepared
+    write_best(
+        folder,
+        run.config,
+        {**metrics, "epoch": best + 1, "rows_per_second": speed},
+        best,
+        run.load_model(),
+        prepared.encoded["item"],
+        item_columns(prepared.titles, movielens_groups(prepared)),
     )
 
 

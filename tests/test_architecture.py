@@ -11,9 +11,9 @@ from tests.conftest import REPOSITORY
 FLOORS = (
     {"config", "files"},
     {"schema"},
-    {"layers", "losses", "metrics", "statistics", "vector_index"},
+    {"gate_statistics", "layers", "losses", "metrics", "statistics", "vector_index"},
     {"data", "figures", "models"},
-    {"exact", "run"},
+    {"exact", "monitoring", "run"},
     {"training", "evaluation", "baselines", "serving", "server", "onnx_export", "profiles", "analysis"},
     {"finished_runs", "comparison_tables"},
     {"comparison", "tuning", "synthetic_experiment"},

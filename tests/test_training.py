@@ -17,7 +17,7 @@ from mvke_tf.evaluation import predict
 from mvke_tf.models import MODELS
 from mvke_tf.run import Run, RunError
 from mvke_tf.training import (
-    RunKeeper,
+    EpochWatch,
     TrainingError,
     best_epoch,
     build_training_model,
@@ -89,17 +89,17 @@ def test_logs(new_run):
 def test_resumed_run_is_bit_identical(new_run, monkeypatch, distinct):
     unbroken = train_run(new_run("unbroken", distinct=distinct), report=quiet)
     broken = new_run("broken", distinct=distinct)
-    real = RunKeeper.on_train_batch_end
+    real = EpochWatch.on_train_batch_end
 
     def interrupt(self, batch, logs=None):
         if self._epoch == 1 and batch == 2:
             raise KeyboardInterrupt
         real(self, batch, logs)
 
-    monkeypatch.setattr(RunKeeper, "on_train_batch_end", interrupt)
+    monkeypatch.setattr(EpochWatch, "on_train_batch_end", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_run(broken, report=quiet)
-    monkeypatch.setattr(RunKeeper, "on_train_batch_end", real)
+    monkeypatch.setattr(EpochWatch, "on_train_batch_end", real)
     resumed = train_run(broken, report=quiet)
     assert_same_state(state(unbroken.run), state(resumed.run))
     assert resumed.best_epoch == unbroken.best_epoch

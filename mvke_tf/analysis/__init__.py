@@ -12,10 +12,10 @@ from mvke_tf.analysis.frames import (
     kernel_similarity,
     utilisation,
 )
-from mvke_tf.analysis.groups import Grouping, movielens_groups
 from mvke_tf.analysis.runs import Analysis, analyze_run, user_state
 from mvke_tf.analysis.study import Study
 from mvke_tf.analysis.verdict import Thresholds, Verdict, judge, verdicts
+from mvke_tf.data.groups import Grouping, movielens_groups
 
 __all__ = [
     "Analysis",

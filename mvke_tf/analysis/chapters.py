@@ -9,10 +9,10 @@ import pandas as pd
 
 from mvke_tf.analysis import figures, frames
 from mvke_tf.analysis.contributions import explain_user, gate_effect
-from mvke_tf.analysis.groups import Grouping
 from mvke_tf.analysis.page import Picture, Section
 from mvke_tf.analysis.study import Study, has_gates, has_kernels
 from mvke_tf.analysis.verdict import Thresholds, Verdict, attention_note, judge
+from mvke_tf.data.groups import Grouping
 from mvke_tf.models.two_tower import task_names
 
 NO_GATES = "This model has no gates: there is nothing to say about experts. The map of its items follows."

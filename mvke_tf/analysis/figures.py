@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mvke_tf.analysis.contributions import AS_TRAINED
-from mvke_tf.analysis.groups import Grouping
+from mvke_tf.data.groups import Grouping
 
 _MAP = colormaps["cividis"].with_extremes(bad="#e8e8e8")
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#b0b0b0"

@@ -9,8 +9,9 @@ import keras
 import numpy as np
 import pandas as pd
 
-from mvke_tf.analysis.groups import Grouping
 from mvke_tf.analysis.study import Study, gate_tensors, has_kernels, user_fields
+from mvke_tf.data.groups import Grouping, group_counts
+from mvke_tf.gate_statistics import DEAD_WEIGHT, dead, entropies, entropy_bits, strongest
 from mvke_tf.models.two_tower import task_names
 
 ALL = "all"
@@ -35,7 +36,7 @@ def gate_weights(study: Study, groupings: Iterable[Grouping] = ()) -> pd.DataFra
     frames = []
     groupings = list(groupings)
     for gate in study.gates.values():
-        strongest = _strongest(gate.weights)
+        largest = strongest(gate.weights)
         counts = {(ALL, ALL): study.impressions(gate.side)}
         for grouping in groupings:
             counts |= _group_counts(study, gate.side, grouping)
@@ -49,17 +50,12 @@ def gate_weights(study: Study, groupings: Iterable[Grouping] = ()) -> pd.DataFra
                             "group": group,
                             "expert": gate.experts,
                             "mean_weight": np.average(gate.weights, axis=0, weights=count),
-                            "strongest": np.average(strongest, axis=0, weights=count),
+                            "strongest": np.average(largest, axis=0, weights=count),
                             "impressions": int(count.sum()),
                         }
                     )
                 )
     return pd.concat(frames, ignore_index=True)
-
-
-def _strongest(weights: np.ndarray) -> np.ndarray:
-    largest = weights == weights.max(axis=1, keepdims=True)
-    return largest / largest.sum(axis=1, keepdims=True)
 
 
 def _group_counts(study: Study, side: str, grouping: Grouping) -> dict[tuple[str, str], np.ndarray]:
@@ -73,18 +69,8 @@ def _group_counts(study: Study, side: str, grouping: Grouping) -> dict[tuple[str
         )
     if grouping.side == "user":
         members = members[study.source_users]
-    inside = members[study.rows(grouping.side)]
-    return {
-        (grouping.variable, group): np.bincount(study.rows(side), weights=inside[:, number], minlength=study.size(side))
-        for number, group in enumerate(grouping.groups)
-    }
-
-
-def entropy_bits(weights: np.ndarray) -> np.ndarray:
-    """Shannon entropy over the last axis, in bits; 0 log 0 counts as 0."""
-    weights = np.asarray(weights, np.float64)
-    logarithms = np.log2(weights, out=np.zeros_like(weights), where=weights > 0)
-    return -np.sum(weights * logarithms, axis=-1)
+    counts = group_counts(members[study.rows(grouping.side)], study.rows(side), study.size(side))
+    return {(grouping.variable, group): count for group, count in zip(grouping.groups, counts, strict=True)}
 
 
 def gate_entropy(study: Study) -> pd.DataFrame:
@@ -106,17 +92,12 @@ def gate_entropy(study: Study) -> pd.DataFrame:
             continue
         count = study.impressions(gate.side)
         mean = np.average(gate.weights, axis=0, weights=count)
-        impression = float(np.average(entropy_bits(gate.weights), weights=count))
-        overall = float(entropy_bits(mean))
-        bits = {"impression_entropy": impression, "mean_weight_entropy": overall, "information": overall - impression}
-        maximum = np.log2(len(gate.experts))
         variance = np.average(np.square(gate.weights - mean), axis=0, weights=count)
         rows.append(
             {
                 "task": gate.task,
                 "experts": len(gate.experts),
-                **{f"{name}_bits": value for name, value in bits.items()},
-                **{f"{name}_share": value / maximum for name, value in bits.items()},
+                **entropies(gate.weights, count),
                 "largest_mean_weight": float(mean.max()),
                 "weight_deviation": float(np.sqrt(variance.max())),
                 "impressions": int(count.sum()),
@@ -125,7 +106,7 @@ def gate_entropy(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def utilisation(study: Study, dead_weight: float = 0.1) -> pd.DataFrame:
+def utilisation(study: Study, dead_weight: float = DEAD_WEIGHT) -> pd.DataFrame:
     """How much each task uses each expert, over all impressions.
 
     Args:
@@ -138,8 +119,7 @@ def utilisation(study: Study, dead_weight: float = 0.1) -> pd.DataFrame:
     """
     frame = gate_weights(study)[["task", "expert", "mean_weight", "strongest", "impressions"]]
     equal = 1.0 / frame.groupby("task")["expert"].transform("size")
-    dead = (frame["mean_weight"] < dead_weight * equal) & (frame["strongest"] < 1e-3)
-    frame = frame.assign(equal_share=equal, dead=dead)
+    frame = frame.assign(equal_share=equal, dead=dead(frame["mean_weight"], frame["strongest"], equal, dead_weight))
     return frame[["task", "expert", "mean_weight", "equal_share", "strongest", "dead", "impressions"]]
 
 

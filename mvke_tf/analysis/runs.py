@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from mvke_tf.analysis.chapters import Subject, chapters_of
 from mvke_tf.analysis.frames import MAPS
-from mvke_tf.analysis.groups import movielens_groups
 from mvke_tf.analysis.page import page
 from mvke_tf.analysis.study import Study
 from mvke_tf.analysis.verdict import Thresholds, Verdict
+from mvke_tf.data.groups import movielens_groups
 from mvke_tf.data.movielens import DataError
 from mvke_tf.data.prepared import Prepared
 from mvke_tf.files import write_json, written_whole

@@ -15,7 +15,16 @@ import numpy as np
 
 from mvke_tf.data.dataset import Batches, PairData, Table
 from mvke_tf.models.mvke import field_attention_model
-from mvke_tf.models.two_tower import ITEM_VECTOR, USER_VECTOR, cut, gate_model, task_names, tower
+from mvke_tf.models.two_tower import (
+    ITEM_VECTOR,
+    USER_VECTOR,
+    cut,
+    gate_model,
+    gated_tasks,
+    mixed_experts,
+    task_names,
+    tower,
+)
 from mvke_tf.schema import ITEM_ROWS, USER_ROWS, WEIGHTS_SUFFIX
 
 BATCH_SIZE = 4096
@@ -135,10 +144,7 @@ class Study:
         )
 
     def _seen(self, task: str, number: int) -> tuple[int, ...]:
-        mixture = _mixture(self.model, task)
-        if mixture is None:
-            return tuple(range(number))
-        return mixture.experts if hasattr(mixture, "experts") else mixture.indices
+        return mixed_experts(_mixture(self.model, task), number)
 
     @cached_property
     def expert_outputs(self) -> np.ndarray:
@@ -249,7 +255,7 @@ def gate_tensors(model: keras.Model) -> dict[str, Any]:
 def _find_gates(model: keras.Model) -> dict[str, Any]:
     layers = {layer.name for layer in model.layers}
     if is_two_tower(model):
-        return gate_model(model).output if any(f"gate_{task}" in layers for task in model.output) else {}
+        return gate_model(model).output if gated_tasks(model) else {}
     outputs = model.output if isinstance(model.output, dict) else {}
     tasks = [name for name in outputs if not name.endswith(_WEIGHTS_OUTPUT)]
     found = {task: outputs[task + _WEIGHTS_OUTPUT] for task in tasks if task + _WEIGHTS_OUTPUT in outputs}

@@ -10,8 +10,9 @@ import pandas as pd
 
 from mvke_tf.analysis.contributions import AS_TRAINED, gate_effect
 from mvke_tf.analysis.frames import ALL, expert_similarity, gate_entropy, gate_weights, utilisation
-from mvke_tf.analysis.groups import Grouping
 from mvke_tf.analysis.study import Study, has_kernels, is_two_tower
+from mvke_tf.data.groups import Grouping
+from mvke_tf.gate_statistics import COLLAPSED_WEIGHT, DEAD_WEIGHT
 
 STATES = ("collapsed", "uniform", "specialised", "skewed", "balanced")
 
@@ -33,11 +34,11 @@ class Thresholds:
         ValueError: If a threshold lies outside [0, 1].
     """
 
-    collapsed_weight: float = 0.9
+    collapsed_weight: float = COLLAPSED_WEIGHT
     uniform_entropy: float = 0.98
     specialised_information: float = 0.05
     balanced_entropy: float = 0.8
-    dead_weight: float = 0.1
+    dead_weight: float = DEAD_WEIGHT
     identical_similarity: float = 0.99
     flat_attention: float = 0.999
 

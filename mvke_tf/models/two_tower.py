@@ -19,6 +19,7 @@ from mvke_tf.layers import (
     FieldEmbedding,
     GatherRows,
     JointLogit,
+    MixExperts,
     RegressionHead,
     ReplaceByUnknown,
     RowDot,
@@ -267,6 +268,19 @@ def tower(model: keras.Model, side: str) -> keras.Model:
     return cut(model, outputs, name=f"{side}_tower")
 
 
+def gated_tasks(model: keras.Model) -> list[str]:
+    """Names of the tasks of a two-tower model that have a gate, in order."""
+    layers = {layer.name for layer in model.layers}
+    return [task for task in task_names(model) if f"gate_{task}" in layers]
+
+
+def mixed_experts(layer: keras.layers.Layer | None, number: int) -> tuple[int, ...]:
+    """Indices of the experts that a layer mixes or selects by so many gate weights; 0, 1, ... if it does not say."""
+    if isinstance(layer, MixExperts):
+        return layer.experts
+    return layer.indices if isinstance(layer, SelectExperts) else tuple(range(number))
+
+
 def gate_model(model: keras.Model) -> keras.Model:
     """The gates of a built or loaded model, sharing its weights.
 
@@ -277,8 +291,7 @@ def gate_model(model: keras.Model) -> keras.Model:
     Raises:
         ValueError: If the model has no gate at all.
     """
-    layers = {layer.name for layer in model.layers}
-    outputs = {task: model.get_layer(f"gate_{task}").output for task in task_names(model) if f"gate_{task}" in layers}
+    outputs = {task: model.get_layer(f"gate_{task}").output for task in gated_tasks(model)}
     if not outputs:
         raise ValueError(f"The model {model.name!r} has no gates. Models of mixtures of experts have.")
     return cut(model, outputs, name="gates")

@@ -20,8 +20,8 @@ from mvke_tf.analysis import (
     movielens_groups,
     utilisation,
 )
-from mvke_tf.analysis.frames import entropy_bits
 from mvke_tf.data.movielens import GENRES
+from mvke_tf.gate_statistics import entropy_bits
 from mvke_tf.models.mvke import field_attention_model
 from tests.analysis.conftest import set_gate
 from tests.models.problems import PAIRS

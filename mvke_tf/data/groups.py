@@ -67,6 +67,20 @@ class Grouping:
         return cls(variable, side, groups, members, description or variable)
 
 
+def group_counts(inside: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
+    """How many pairs of each group each entity of one side has.
+
+    Args:
+        inside: `(n, G)` bool: the groups in which each pair is, through its user or its item.
+        rows: `(n,)`, the entity of each pair.
+        size: Number E of entities.
+
+    Returns:
+        `(G, E)`.
+    """
+    return np.stack([np.bincount(rows, weights=column, minlength=size) for column in inside.T])
+
+
 def movielens_groups(prepared: Prepared) -> tuple[Grouping, ...]:
     """The groups of MovieLens: genre, popularity and decade of items; age, gender, occupation and history of users.
 
