@@ -328,7 +328,7 @@ def test_gates_of_every_model_weigh_impressions(pairs, name):
 
 
 def test_a_view_of_many_entities_takes_some_spread_evenly(pairs, monkeypatch):
-    monkeypatch.setattr(gates, "MOST_ENTITIES", 2)
+    monkeypatch.setitem(gates.MOST_ENTITIES, "user", 2)
     model = small_model("mmoe")
     use = gates.GateView(model, pairs).look()["ctr"]
     chosen = np.isin(ROWS["user_rows"], [0, 3])

@@ -14,9 +14,9 @@ from mvke_tf.figures import heat_map_png
 from mvke_tf.gate_statistics import COLLAPSED_WEIGHT, DEAD_STRONGEST, DEAD_WEIGHT, dead, entropies, strongest
 from mvke_tf.models.two_tower import USER_VECTOR, gate_model, mixed_experts
 
-# Most items or user states on which a gate is looked at, spread evenly over those of the data.
-MOST_ENTITIES = 2048
-BATCH_SIZE = 4096
+# Most entities of a side on which a gate is looked at, spread evenly over those of the data. A user state costs more:
+# it has lists.
+MOST_ENTITIES = {"item": 4096, "user": 1024}
 ADVICE = "Try a balance loss (--balance_coefficient 0.01), a lower learning rate, or fewer experts."
 
 
@@ -57,7 +57,7 @@ class GateUse:
 class GateView:
     """The gates of a two-tower model on the pairs of a data set, weighted by impressions.
 
-    A gate reads one side only and runs once per item, or per user state, of at most `MOST_ENTITIES`.
+    A gate reads one side only and runs once per item, or once per user state, of at most `MOST_ENTITIES`.
 
     Args:
         model: A two-tower model with gates; its weights are those of the moment in which `look` is called.
@@ -74,10 +74,11 @@ class GateView:
         read = set(self._gates.input)
         if not any(read <= set(table) for table in (data.users, data.items)):
             raise ValueError(f"Gates must read one side only to be looked at. Received: gates that read {sorted(read)}")
-        table, rows = (data.items, data.item_rows) if read <= set(data.items) else (data.users, data.user_rows)
+        side = "item" if read <= set(data.items) else "user"
+        table, rows = (data.items, data.item_rows) if side == "item" else (data.users, data.user_rows)
         chosen = np.unique(rows)
-        if len(chosen) > MOST_ENTITIES:
-            chosen = chosen[np.linspace(0, len(chosen) - 1, MOST_ENTITIES).astype(int)]
+        if len(chosen) > MOST_ENTITIES[side]:
+            chosen = chosen[np.linspace(0, len(chosen) - 1, MOST_ENTITIES[side]).astype(int)]
         inside = np.isin(rows, chosen)
         rows = np.searchsorted(chosen, rows[inside])
         self._inputs = {name: np.asarray(table[name])[chosen] for name in self._gates.input}
@@ -90,19 +91,11 @@ class GateView:
 
     def look(self) -> dict[str, GateUse]:
         """The use that each task makes of its experts now."""
-        batches = [
-            keras.tree.map_structure(
-                keras.ops.convert_to_numpy,
-                # Called and not `predict`ed, which would trace a function and touch the state of the model.
-                self._gates(
-                    {name: column[start : start + BATCH_SIZE] for name, column in self._inputs.items()}, training=False
-                ),
-            )
-            for start in range(0, len(self._counts), BATCH_SIZE)
-        ]
+        # Called and not `predict`ed, which would trace a function and touch the state of the model.
+        outputs = self._gates(self._inputs, training=False)
         uses = {}
-        for task in self._gates.output:
-            weights = np.concatenate([batch[task] for batch in batches]).astype(np.float64)
+        for task, output in outputs.items():
+            weights = keras.ops.convert_to_numpy(output).astype(np.float64)
             mixture = self._layers.get(USER_VECTOR.format(task=task))
             uses[task] = GateUse(mixed_experts(mixture, weights.shape[1]), weights, self._counts)
         return uses
