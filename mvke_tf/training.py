@@ -345,6 +345,7 @@ def _write_best(run: Run, history: History, folder: Path) -> None:
     prepared = run.prepared
     write_best(
         folder,
+        run.folder.resolve().name,
         run.config,
         {**metrics, "epoch": best + 1, "rows_per_second": speed},
         best,

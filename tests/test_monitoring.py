@@ -199,7 +199,7 @@ def test_a_session_of_hyperparameters_with_the_metrics_of_the_best_epoch(finishe
     content = events.PluginTagToContent("hparams")
     start = hparams_metadata.parse_session_start_info_plugin_data(content["_hparams_/session_start_info"])
     found = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
-    assert found == hyperparameters(result.run.config)
+    assert found == hyperparameters(result.run.config) and start.group_name == result.run.folder.name
     assert found["training.learning_rate"] == 0.01 and found["model.tasks"] == "ctr, rating"
     assert found["training.distinct"] is True and found["model.name"] == "mvke"
     assert "_hparams_/session_end_info" in content

@@ -44,6 +44,7 @@ def item_columns(titles: Sequence[str], groups: Sequence[Grouping]) -> dict[str,
 
 def write_best(
     folder: Path,
+    name: str,
     config: RunConfig,
     metrics: Mapping[str, float],
     epoch: int,
@@ -55,6 +56,7 @@ def write_best(
 
     Args:
         folder: Where to, whole or not at all; what is there is replaced. The run's one session for HParams.
+        name: Name of the run, its "Trial ID" there.
         config: The settings of the run: its hyperparameters.
         metrics: Of the best epoch, by name.
         epoch: The best epoch, from 0: the step of the metrics.
@@ -65,7 +67,7 @@ def write_best(
     vectors = item_vectors(model, items)
     with written_whole(folder) as temporary:
         events = EventFolder(temporary)
-        events.add(hparams_pb(hyperparameters(config)), 0)
+        events.add(hparams_pb(hyperparameters(config), trial_id=name), 0)
         events.scalars({f"best/{name}": value for name, value in metrics.items()}, epoch)
         events.add(session_end_pb(api_pb2.STATUS_SUCCESS), 0)
         events.close()

@@ -157,6 +157,6 @@ def heat_map(
         [f"{group.groups[row]} ({impressions[row]:,.0f})" for row in order],
         [str(expert) for expert in use.experts],
         f"{task}: mean gate weight of each expert after epoch {epoch + 1}\n"
-        f"by {group.description} (impressions); lightest from {top:.2f} on",
+        f"by {group.description} (impressions); colours from 0 to {top:.2f}",
         top,
     )
