@@ -11,12 +11,16 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mvke_tf.config import DataConfig, RunConfig
+from mvke_tf.data.dataset import Batches
+from mvke_tf.data.groups import movielens_groups
 from mvke_tf.data.prepared import Prepared, prepared_path
-from mvke_tf.models.two_tower import predictions
+from mvke_tf.models.two_tower import predictions, task_kinds
 from mvke_tf.run import Run
 from mvke_tf.serving import export_run
+from mvke_tf.training import compile_model
 from tests.conftest import REPOSITORY
 
 PAGES = {path: path.read_text(encoding="utf-8") for path in [REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md")]}
@@ -145,6 +149,24 @@ def test_analysis(mine, capsys):
     assert total.to_numpy() == pytest.approx(why.drop_duplicates(["task", "rank"])["logit"].to_numpy())
     output = capsys.readouterr().out
     assert "ctr: " in output and "cvr: " in output
+
+
+def test_monitor_by_hand(mine):
+    prepared, model = mine.prepared, mine.load_model()
+    train, validation = (Batches(prepared.part(part), 64) for part in ("train", "validation"))
+    compile_model(model, task_kinds(model), mine.config.training, train.steps)
+    names = {
+        "model": model,
+        "validation": validation.data,
+        "groups": movielens_groups(prepared)[:1],
+        "train": train.in_order(),
+        "check": validation.in_order(),
+    }
+    run_snippet("from mvke_tf.monitoring import Monitor", names)
+    events = EventAccumulator("logs/validation").Reload()
+    weights = [[event.value for event in events.Scalars(f"gate_ctr/mean_weight/expert_{e}")] for e in range(3)]
+    assert np.allclose(np.sum(weights, axis=0), [1.0, 1.0], atol=1e-5)
+    assert [image.step for image in events.Images("gate_cvr/by_genre")] == [0]
 
 
 def test_onnx(mine):
