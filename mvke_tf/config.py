@@ -195,7 +195,7 @@ class TrainingConfig:
             log-variance per task (Kendall et al., CVPR 2018).
         task_weights: Weight of the loss of each task, in the order ctr, cvr, rating; 1 each by default.
         precision: `"float32"`, `"mixed_bfloat16"` or `"mixed_float16"` (with loss scaling); weights stay float32.
-        xla: Whether XLA compiles the training step (TensorFlow; JAX always does).
+        xla: Whether XLA compiles the training step (TensorFlow; JAX always does). Needs deterministic to be off.
         steps_per_execution: Batches per call of the compiled training function; more of them save overhead.
         patience: Epochs without a better validation score after which training stops; 0 never stops early. The score
             is the mean AUC of the classification tasks, or minus the mean RMSE where there is none; with conversion
@@ -252,6 +252,12 @@ class TrainingConfig:
             "left out where loss_weighting='uncertainty' learns them",
         )
         _check(self, "precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
+        _check(
+            self,
+            "xla",
+            not (self.xla and self.deterministic),
+            "off where `deterministic` is on, for which Keras has no XLA; add --no-deterministic",
+        )
         _check(self, "steps_per_execution", self.steps_per_execution >= 1, "at least 1")
         _check(self, "patience", self.patience >= 0, "0 or more")
         _check(self, "monitor_images_epochs", self.monitor_images_epochs >= 0, "0 or more")

@@ -63,6 +63,7 @@ def test_is_frozen():
         (TrainingConfig, "task_weights", (-1.0,), r"finite numbers, 0 or more each, not all 0. Received: \(-1.0,\)"),
         (TrainingConfig, "optimizer", "sgd", r"one of \('adam', 'adamw'\). Received: 'sgd'"),
         (TrainingConfig, "accumulation_steps", 0, "at least 1. Received: 0"),
+        (TrainingConfig, "xla", True, "off where `deterministic` is on.*--no-deterministic. Received: True"),
         (ModelConfig, "tasks", ("rating", "ctr"), r"different tasks in the order of .*Received: \('rating', 'ctr'\)"),
         (ModelConfig, "tasks", ("ctr", "ctr"), r"different tasks in the order of .*Received: \('ctr', 'ctr'\)"),
         (ModelConfig, "conversion", "all", r"one of \('impressions', 'clicked', 'esmm'\). Received: 'all'"),

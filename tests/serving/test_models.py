@@ -197,4 +197,5 @@ def test_every_door_of_a_half_precision_model_with_uncertainty_weights(encoder):
     for task, values in wanted(model, encoder).items():
         assert values.dtype == np.float32
         np.testing.assert_allclose(scores[task], values, rtol=0, atol=1e-6)
-        assert len(np.unique(values)) == values.size
+        # Half precision would leave a handful of values.
+        assert len(np.unique(values)) > 0.7 * values.size
