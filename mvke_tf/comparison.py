@@ -29,7 +29,7 @@ from mvke_tf.data.prepared import Prepared, prepare_movielens
 from mvke_tf.evaluation import evaluate_model
 from mvke_tf.figures import save_figure
 from mvke_tf.files import write_json, written_whole
-from mvke_tf.finished_runs import finished_run
+from mvke_tf.finished_runs import configs_of_runs, finished_run
 from mvke_tf.models import check_model
 from mvke_tf.run import Run, RunError
 
@@ -119,23 +119,9 @@ class Comparison:
         return table
 
     def run_configs(self, model: str, seed: int) -> dict[str, RunConfig]:
-        """The runs of one model and seed, `{name of the folder: settings}`.
-
-        Each run of single_task learns one of several tasks by itself: conversions on all impressions, for there is no
-        probability of a click to multiply with, and without weights of tasks.
-        """
+        """The runs of one model and seed, `{name of the folder: settings}`; see `configs_of_runs`."""
         config = _of_model(model, self.configs[model], seed)
-        if model != "single_task":
-            return {f"{model}-seed{seed}": config}
-        runs = {}
-        for task in self.tasks:
-            alone = {"conversion": "impressions"} if len(self.tasks) > 1 else {}
-            runs[f"{model}_{task}-seed{seed}"] = dataclasses.replace(
-                config,
-                model=dataclasses.replace(config.model, tasks=(task,), **alone),
-                training=dataclasses.replace(config.training, task_weights=()),
-            )
-        return runs
+        return {f"{model}{suffix}-seed{seed}": run for suffix, run in configs_of_runs(config).items()}
 
     def _claim_folder(self) -> None:
         """Makes the folder that of this comparison; models and seeds may be added later, nothing else may change."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import keras
@@ -40,3 +41,22 @@ def finished_run(config: RunConfig, folder: Path, data_dir: Path, log: Path) -> 
                 f"Expected: {config}. Received: {run.config}"
             )
         return train_run(run).run
+
+
+def configs_of_runs(config: RunConfig) -> dict[str, RunConfig]:
+    """The runs that settings stand for where models are compared or searched, `{suffix of the name: settings}`.
+
+    One run without a suffix, but one per task for single_task: each learns its task by itself, conversions on all
+    impressions, for there is no probability of a click to multiply with, and without weights of tasks.
+    """
+    if config.model.name != "single_task":
+        return {"": config}
+    alone = {"conversion": "impressions"} if len(config.model.tasks) > 1 else {}
+    return {
+        f"_{task}": dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, tasks=(task,), **alone),
+            training=dataclasses.replace(config.training, task_weights=()),
+        )
+        for task in config.model.tasks
+    }

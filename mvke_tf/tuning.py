@@ -3,7 +3,7 @@
 <out>/
     tuning.json       what is searched
     oracle/           KerasTuner's own state
-    runs/trial-NNN/   one run directory per trial
+    runs/trial-NNN/   one run directory per trial; of single_task one per trial and task, trial-NNN_<task>
     training.log      what training printed
     trials.csv        one row per trial, the best first
     best_config.json  settings of the best trial, for scripts/train.py --config
@@ -19,13 +19,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from mvke_tf.config import RunConfig
 from mvke_tf.data.movielens import DataError
 from mvke_tf.files import write_json, written_whole
-from mvke_tf.finished_runs import finished_run
+from mvke_tf.finished_runs import configs_of_runs, finished_run
 from mvke_tf.models import check_model
 from mvke_tf.run import Run, RunError
 from mvke_tf.training import TrainingError
@@ -68,7 +69,8 @@ def tune(
 ) -> pd.DataFrame:
     """Searches the settings with the best validation score (of the best epoch of a run) and keeps every run.
 
-    The score is that of early stopping: the mean AUC of the classification tasks.
+    The score is that of early stopping: the mean AUC of the classification tasks. A trial of single_task is one run per
+    task, and its score is their mean.
 
     Called again on the same folder, it goes on: an interrupted trial with the epoch that was interrupted, then up to
     `trials` in all. A random search then proposes what an unbroken one would have proposed; a Bayesian one draws new
@@ -82,14 +84,15 @@ def tune(
         data_dir: Where raw and prepared data are kept.
 
     Returns:
-        One row per finished trial, the best first: `trial`, the searched settings, `val_score`, `best_epoch`, `epochs`.
+        One row per finished trial, the best first: `trial`, the searched settings, `val_score`, and `best_epoch` and
+        `epochs`, which are sums over the runs of the trial.
 
     Raises:
         RunError: If the folder holds another search.
         TrainingError: If no trial could be trained.
         ValueError: If KerasTuner is not installed, or the tuner or the model is unknown.
     """
-    check_model(base.model.name, len(base.model.tasks))
+    check_model(base.model.name)
     library = _keras_tuner()
     space = search_space(base.model.name)
     if tuner not in TUNERS:
@@ -134,31 +137,37 @@ def tune(
     if not done:
         raise TrainingError(f"No trial could be trained, see {folder / 'training.log'}. Received: {trials} trials")
     write_json(folder / "best_config.json", trial_config(base, done[0].hyperparameters.values).to_dict())
-    table = pd.DataFrame(_row(trial, folder) for trial in done)
+    table = pd.DataFrame(_row(base, trial, folder) for trial in done)
     with written_whole(folder / "trials.csv") as temporary:
         table.to_csv(temporary, index=False)
     return table
 
 
 def _run_trial(config: RunConfig, folder: Path, trial: Any, data_dir: Path) -> float:
-    """Trains, or finishes, the run of a trial; returns its best validation score."""
-    run = finished_run(config, folder / "runs" / _name(trial), data_dir, folder / "training.log")
-    return float(pd.read_csv(run.log_file)[OBJECTIVE].max())
+    """Trains, or finishes, the runs of a trial; returns the mean of their best validation scores."""
+    scores = []
+    for suffix, run_config in configs_of_runs(config).items():
+        place = folder / "runs" / f"{_name(trial)}{suffix}"
+        run = finished_run(run_config, place, data_dir, folder / "training.log")
+        scores.append(pd.read_csv(run.log_file)[OBJECTIVE].max())
+    return float(np.mean(scores))
 
 
 def _name(trial: Any) -> str:
     return f"trial-{int(trial.trial_id):03d}"
 
 
-def _row(trial: Any, folder: Path) -> dict[str, Any]:
-    scores = pd.read_csv(Run(folder / "runs" / _name(trial)).log_file)[OBJECTIVE]
-    values = trial.hyperparameters.values
+def _row(base: RunConfig, trial: Any, folder: Path) -> dict[str, Any]:
+    logs = [
+        pd.read_csv(Run(folder / "runs" / f"{_name(trial)}{suffix}").log_file)[OBJECTIVE]
+        for suffix in configs_of_runs(base)
+    ]
     return {
         "trial": _name(trial),
-        **values,
-        OBJECTIVE: scores.max(),
-        "best_epoch": int(scores.argmax()) + 1,
-        "epochs": len(scores),
+        **trial.hyperparameters.values,
+        OBJECTIVE: float(np.mean([scores.max() for scores in logs])),
+        "best_epoch": sum(int(scores.argmax()) + 1 for scores in logs),
+        "epochs": sum(len(scores) for scores in logs),
     }
 
 

@@ -43,7 +43,9 @@ def main() -> None:
         print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)
         sys.exit(130)
     print(f"\n{table.to_string(index=False)}\n\n{args.out / 'trials.csv'}")
-    print(f"Train the best: python scripts/train.py --config {args.out / 'best_config.json'}")
+    # A run of single_task learns one task, the trials of a search learn each.
+    one = f" --tasks {config.model.tasks[0]}" if config.model.name == "single_task" else ""
+    print(f"Train the best: python scripts/train.py --config {args.out / 'best_config.json'}{one}")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_the_best_of_many_is_found_and_diverged_ones_are_left_out(tuner, tmp_pat
 
     monkeypatch.setattr(mvke_tf.tuning, "_run_trial", score)
     monkeypatch.setattr(
-        mvke_tf.tuning, "_row", lambda trial, folder: {"trial": trial.trial_id, "val_score": trial.score}
+        mvke_tf.tuning, "_row", lambda base, trial, folder: {"trial": trial.trial_id, "val_score": trial.score}
     )
     table = tune(BASE, tmp_path, 12, tuner)
     assert len(table) == len(seen) < 12
@@ -136,8 +136,8 @@ def test_the_best_of_many_is_found_and_diverged_ones_are_left_out(tuner, tmp_pat
 def test_what_cannot_be_searched_is_explained(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"Expected one of \['bayesian', 'random'\]. Received: 'grid'"):
         tune(BASE, tmp_path, 2, "grid")
-    with pytest.raises(ValueError, match="single_task learns one task at a time"):
-        tune(RunConfig(model=ModelConfig(name="single_task")), tmp_path, 2)
+    with pytest.raises(ValueError, match="Unknown model"):
+        tune(RunConfig(model=ModelConfig(name="tower")), tmp_path, 2)
     assert not any(tmp_path.iterdir())
 
     def diverges(*arguments):
@@ -149,6 +149,19 @@ def test_what_cannot_be_searched_is_explained(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "keras_tuner", None)
     with pytest.raises(ValueError, match=r"pip install '\.\[tune\]'"):
         tune(BASE, tmp_path, 2)
+
+
+def test_a_trial_of_single_task_is_a_run_per_task(searched, tmp_path):
+    folder, *_ = searched
+    base = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, name="single_task"))
+    table = tune(base, tmp_path, 1, data_dir=folder / "data")
+    runs = {task: Run(tmp_path / "runs" / f"trial-000_{task}") for task in ("ctr", "cvr")}
+    assert {task: run.config.model.tasks for task, run in runs.items()} == {"ctr": ("ctr",), "cvr": ("cvr",)}
+    scores = [pd.read_csv(run.log_file)["val_score"].max() for run in runs.values()]
+    assert table["val_score"].tolist() == [pytest.approx(sum(scores) / 2, rel=1e-12)]
+    assert (table["epochs"][0], table["best_epoch"][0]) == (2, 2)
+    best = RunConfig.from_dict(json.loads((tmp_path / "best_config.json").read_text()))
+    assert best.model.tasks == ("ctr", "cvr")  # as a comparison takes it
 
 
 def test_the_script_prints_the_table(searched, monkeypatch, capsys):
