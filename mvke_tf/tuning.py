@@ -16,6 +16,7 @@ import dataclasses
 import io
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +44,49 @@ SPACE = {
 TUNERS = {"random": "RandomSearchOracle", "bayesian": "BayesianOptimizationOracle"}
 
 
-def search_space(model: str) -> dict[str, tuple[float, ...]]:
+def search_space(model: str, fixed: Collection[str] = ()) -> dict[str, tuple[float, ...]]:
     """The settings that are searched for a model, `{name: values}`: `SPACE`, virtual kernels only where it has them.
 
     The kernels of each task follow from their number by `mvke_tf.models.mvke.default_kernels`.
 
+    Args:
+        model: Name of the model.
+        fixed: Names of `SPACE` that are left out.
+
     Raises:
-        ValueError: If there is no such model.
+        ValueError: If there is no such model, no such name in `SPACE`, or nothing left to search.
     """
     check_model(model)
-    return {name: values for name, values in SPACE.items() if name != "num_virtual_kernels" or model == "mvke"}
+    if unknown := set(fixed) - set(SPACE):
+        raise ValueError(f"Only searched settings can be fixed: {sorted(SPACE)}. Received: {sorted(unknown)}")
+    left = {name: values for name, values in SPACE.items() if name not in fixed}
+    if model != "mvke":
+        left.pop("num_virtual_kernels", None)
+    if not left:
+        raise ValueError(f"All settings are given, nothing is left to search. Received: fixed={sorted(fixed)}")
+    return left
 
 
 def trial_config(base: RunConfig, values: dict[str, float]) -> RunConfig:
     """The settings of one trial: `base`, with one value of each dimension of `search_space`."""
-    values = dict(values)
-    width = values.pop("hidden_width")
-    training = dataclasses.replace(base.training, learning_rate=values.pop("learning_rate"))
-    model = dataclasses.replace(base.model, hidden_dims=(width, width // 2), **values)
+    values: dict[str, Any] = dict(values)
+    training = base.training
+    if "learning_rate" in values:
+        training = dataclasses.replace(training, learning_rate=values.pop("learning_rate"))
+    if "hidden_width" in values:
+        width = values.pop("hidden_width")
+        values["hidden_dims"] = (width, width // 2)
+    model = dataclasses.replace(base.model, **values)
     return dataclasses.replace(base, model=model, training=training)
 
 
 def tune(
-    base: RunConfig, folder: Path, trials: int, tuner: str = "random", data_dir: Path = Path("data")
+    base: RunConfig,
+    folder: Path,
+    trials: int,
+    tuner: str = "random",
+    data_dir: Path = Path("data"),
+    fixed: Collection[str] = (),
 ) -> pd.DataFrame:
     """Searches the settings with the best validation score (of the best epoch of a run) and keeps every run.
 
@@ -82,6 +103,7 @@ def tune(
         trials: Number of trials in all; a random search ends earlier when nothing is left to try.
         tuner: `"random"` or `"bayesian"`.
         data_dir: Where raw and prepared data are kept.
+        fixed: Names of `SPACE` that are not searched and stay as they are in `base`.
 
     Returns:
         One row per finished trial, the best first: `trial`, the searched settings, `val_score`, and `best_epoch` and
@@ -90,11 +112,11 @@ def tune(
     Raises:
         RunError: If the folder holds another search.
         TrainingError: If no trial could be trained.
-        ValueError: If KerasTuner is not installed, or the tuner or the model is unknown.
+        ValueError: If KerasTuner is not installed, the tuner or the model is unknown, or nothing is left to search.
     """
     check_model(base.model.name)
     library = _keras_tuner()
-    space = search_space(base.model.name)
+    space = search_space(base.model.name, fixed)
     if tuner not in TUNERS:
         raise ValueError(f"Unknown tuner. Expected one of {sorted(TUNERS)}. Received: {tuner!r}")
     folder = Path(folder)

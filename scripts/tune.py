@@ -2,6 +2,9 @@
 
 The number of virtual kernels decides which of them each task sees: task t of T those from floor(t K / 2T) to
 K - 1 - floor((T - 1 - t) K / T).
+
+Searched are learning rate, embedding, virtual kernels, hidden layers and dropout, but for those that are given: with
+--learning_rate 2e-3 the rest.
 """
 
 from __future__ import annotations
@@ -15,7 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mvke_tf.cli import add_settings, positive_int, read_settings, run_main
 
-SEARCHED = ("learning_rate", "embedding_dim", "num_virtual_kernels", "hidden_dims", "dropout_rate", "seed")
+# Options of the searched settings, by their names in the search space.
+SEARCHED = {
+    "learning_rate": "learning_rate",
+    "embedding_dim": "embedding_dim",
+    "num_virtual_kernels": "num_virtual_kernels",
+    "hidden_width": "hidden_dims",
+    "dropout_rate": "dropout_rate",
+}
 
 
 def main() -> None:
@@ -28,9 +38,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="seed of the search and of every training (default: 0)")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="raw and prepared data (default: data)")
     parser.add_argument("--config", type=Path, help="JSON file of the settings that are not searched")
-    add_settings(parser, "data", "model", "training", without=SEARCHED)
+    add_settings(parser, "data", "model", "training", without=("seed",))
     args = parser.parse_args()
     config = read_settings(args, args.config)
+    fixed = [name for name, option in SEARCHED.items() if getattr(args, option) is not None]
 
     from mvke_tf.tuning import tune
 
@@ -38,7 +49,7 @@ def main() -> None:
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
     try:
-        table = tune(config, args.out, args.trials, args.tuner, args.data_dir)
+        table = tune(config, args.out, args.trials, args.tuner, args.data_dir, fixed)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)
         sys.exit(130)

@@ -103,6 +103,12 @@ def test_the_space_is_the_guides():
     assert set(search_space("mvke")) - set(search_space("mmoe")) == {"num_virtual_kernels"}
     with pytest.raises(ValueError, match="Unknown model"):
         search_space("mvk")
+    with pytest.raises(ValueError, match=r"Only searched settings can be fixed: .*Received: \['epochs'\]"):
+        search_space("mvke", ["epochs"])
+    everything = ["learning_rate", "embedding_dim", "hidden_width", "dropout_rate"]
+    with pytest.raises(ValueError, match="nothing is left to search"):
+        search_space("mmoe", everything)
+    assert search_space("mvke", everything) == {"num_virtual_kernels": (3, 5, 8)}
     values = {"learning_rate": 1e-4, "embedding_dim": 32, "num_virtual_kernels": 8, "hidden_width": 128}
     config = trial_config(BASE, {**values, "dropout_rate": 0.5})
     assert config.training == TrainingConfig(epochs=1, batch_size=128, distinct=True, seed=3, learning_rate=1e-4)
@@ -162,6 +168,23 @@ def test_a_trial_of_single_task_is_a_run_per_task(searched, tmp_path):
     assert (table["epochs"][0], table["best_epoch"][0]) == (2, 2)
     best = RunConfig.from_dict(json.loads((tmp_path / "best_config.json").read_text()))
     assert best.model.tasks == ("ctr", "cvr")  # as a comparison takes it
+
+
+def test_what_is_given_is_not_searched(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(mvke_tf.tuning, "_run_trial", lambda config, *rest: seen.append(config) or 0.5)
+    monkeypatch.setattr(mvke_tf.tuning, "_row", lambda base, trial, folder: trial.hyperparameters.values)
+    script = str(REPOSITORY / "scripts" / "tune.py")
+    given = ["--learning_rate=2e-3", "--hidden_dims", "48", "24", "--embedding_dim=16", "--model=mvke"]
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [script, *given, f"--out={tmp_path}", "--trials=4"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 0, capsys.readouterr()
+    assert {(run.training.learning_rate, run.model.hidden_dims, run.model.embedding_dim) for run in seen} == {
+        (2e-3, (48, 24), 16)
+    }
+    assert len({(run.model.num_virtual_kernels, run.model.dropout_rate) for run in seen}) == 4
 
 
 def test_the_script_prints_the_table(searched, monkeypatch, capsys):
