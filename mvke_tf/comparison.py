@@ -23,7 +23,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from mvke_tf.baselines import check_baseline, run_baseline
-from mvke_tf.comparison_tables import comparison_figure, markdown, summary
+from mvke_tf.comparison_tables import comparison_figure, markdown, own_settings, summary
 from mvke_tf.config import BASELINE_NAMES, RunConfig, TrainingConfig
 from mvke_tf.data.prepared import Prepared, prepare_movielens
 from mvke_tf.evaluation import evaluate_model
@@ -179,7 +179,7 @@ class Comparison:
                 frame.to_csv(temporary, index=False)
         title = f"{self.data.protocol}/{self.data.split}"
         with written_whole(self.folder / "table.md") as temporary:
-            temporary.write_text(markdown(table, title), encoding="utf-8")
+            temporary.write_text(markdown(table, title, own_settings(self.configs)), encoding="utf-8")
         save_figure(comparison_figure(table, title), self.folder / "comparison.png")
         return table
 

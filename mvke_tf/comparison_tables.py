@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mvke_tf.config import BASELINE_NAMES
+from mvke_tf.config import BASELINE_NAMES, RunConfig
+from mvke_tf.models import READERS
 from mvke_tf.statistics import holm, mean_interval, paired_p_value
 
 REFERENCE = "single_task"
@@ -99,8 +100,30 @@ def verdict(row: Any, name: str, metric: str) -> int:
     return int(np.sign(row[f"{name}_difference"])) * (1 if METRICS[metric][1] else -1)
 
 
-def markdown(table: pd.DataFrame, title: str) -> str:
-    """The table of `summary` as Markdown: results, differences to single_task, further metrics, how to read them."""
+def own_settings(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any]]:
+    """The settings in which the networks of a comparison differ, `{setting: {model: value}}`, of those who read it."""
+    found: dict[str, dict[str, Any]] = {}
+    for model, config in configs.items():
+        if model not in BASELINE_NAMES:
+            values = config.to_dict()
+            for name, value in {**values["model"], **values["training"]}.items():
+                if name != "name" and model in READERS.get(name, (model,)):
+                    found.setdefault(name, {})[model] = value
+    return {
+        name: values
+        for name, values in found.items()
+        if any(value != next(iter(values.values())) for value in values.values())
+    }
+
+
+def markdown(table: pd.DataFrame, title: str, settings: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """The table of `summary` as Markdown: results, differences to single_task, further metrics, how to read them.
+
+    Args:
+        table: As `summary` returns it.
+        title: Name of the data.
+        settings: As `own_settings` returns them.
+    """
     found = _measures_of(table)
     headline = {name: pair for name, pair in found.items() if pair[1] in HEADLINE}
     others = {name: pair for name, pair in found.items() if name not in headline}
@@ -138,6 +161,13 @@ def markdown(table: pd.DataFrame, title: str) -> str:
     if others:
         rows = [[row["model"], *(_interval(row, name) for name in others)] for _, row in table.iterrows()]
         parts.append(_grid(["model", *map(_label, others.values())], rows))
+    if settings:
+        rows = [
+            [model, *(_value(values.get(model)) for values in settings.values())]
+            for model in table["model"]
+            if model not in BASELINE_NAMES
+        ]
+        parts += ["Settings in which the models differ; all others are the same.", _grid(["model", *settings], rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -179,6 +209,12 @@ def _transfer(row: Any, headline: dict[str, tuple[str, str]]) -> str:
         if labels:
             said.append(f"{word}: {', '.join(labels)}")
     return "; ".join(said) or "no significant difference"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "-"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _grid(header: list[str], rows: list[list[str]]) -> str:

@@ -14,7 +14,7 @@ from scipy import stats
 
 import mvke_tf.comparison
 from mvke_tf.comparison import Comparison
-from mvke_tf.comparison_tables import comparison_figure, markdown, summary
+from mvke_tf.comparison_tables import comparison_figure, markdown, own_settings, summary
 from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from mvke_tf.data.prepared import prepare, prepared_path
 from mvke_tf.finished_runs import finished_run
@@ -148,6 +148,30 @@ def test_table_is_computed_from_the_results(interrupted):
     cell = f"{by_model.loc['shared_bottom', 'ctr_auc']:.4f} ± {by_model.loc['shared_bottom', 'ctr_auc_ci95']:.4f}"
     assert row.split(" | ")[1] == cell
     assert imread(folder / "out" / "comparison.png").std() > 0.01
+
+
+def test_the_table_names_the_settings_in_which_models_differ(interrupted):
+    _, table, *_ = interrupted
+    wide = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, hidden_dims=(8, 4), num_virtual_kernels=3),
+        training=dataclasses.replace(CONFIG.training, learning_rate=0.5),
+    )
+    settings = own_settings({"single_task": CONFIG, "shared_bottom": wide, "mvke": CONFIG, "popularity": CONFIG})
+    # Only MVKE reads the number of kernels.
+    assert settings == {
+        "hidden_dims": {"single_task": (4,), "shared_bottom": (8, 4), "mvke": (4,)},
+        "learning_rate": {"single_task": 0.001, "shared_bottom": 0.5, "mvke": 0.001},
+    }
+    lines = markdown(table, "data", settings).splitlines()
+    assert lines[-4:] == [
+        "| model | hidden_dims | learning_rate |",
+        "| --- | ---: | ---: |",
+        "| single_task | 4 | 0.001 |",
+        "| shared_bottom | 8, 4 | 0.5 |",
+    ]
+    assert own_settings({"single_task": CONFIG, "shared_bottom": CONFIG}) == {}
+    assert markdown(table, "data", {}) == markdown(table, "data") and "differ;" not in markdown(table, "data")
 
 
 def test_a_run_does_not_depend_on_those_before_it(interrupted, tmp_path):
