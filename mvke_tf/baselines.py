@@ -14,7 +14,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 from mvke_tf.data.prepared import Prepared
-from mvke_tf.metrics import auc, binary_metrics, defined
+from mvke_tf.evaluation import Report, measure
 from mvke_tf.schema import WEIGHTS_SUFFIX
 
 ROUNDS, EARLY_STOPPING_ROUNDS = 2000, 50
@@ -44,7 +44,7 @@ class Baseline:
         rounds: Boosting rounds of all tasks together; 0 where nothing is boosted.
     """
 
-    report: dict[str, dict[str, dict[str, Any]]]
+    report: Report
     parameters: int
     rounds: int = 0
 
@@ -234,18 +234,12 @@ def _make_unknown(
             table[rows, names.index(feature.name)] = 0 if feature.name in categorical else np.nan
 
 
-def _report(prepared: Prepared, probabilities: dict[str, dict[str, np.ndarray]], parts: Sequence[str]) -> dict:
-    report: dict[str, dict[str, dict[str, Any]]] = {}
+def _report(prepared: Prepared, probabilities: dict[str, dict[str, np.ndarray]], parts: Sequence[str]) -> Report:
+    kinds = dict.fromkeys(probabilities, "binary")
+    report: Report = {}
     for part in parts:
-        pairs = prepared.pairs.iloc[prepared.part_rows(part)]
-        users = prepared.raw["user"]["user_id"][pairs["user_row"]]
-        for task, by_part in probabilities.items():
-            labels = pairs[task].to_numpy()
-            metrics = binary_metrics(labels, by_part[part], users)
-            if task == "cvr":
-                clicked = pairs["ctr"].to_numpy() == 1
-                metrics["auc_clicked"] = defined(auc(labels[clicked], by_part[part][clicked]))
-            report.setdefault(part, {})[task] = metrics
+        predicted = {task: by_part[part] for task, by_part in probabilities.items()}
+        report |= measure(predicted, {}, kinds, prepared, part)
     return report
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import keras
@@ -100,7 +100,7 @@ def evaluate_model(model: keras.Model, prepared: Prepared, part: str, batch_size
         DataError: If the part has no rows.
         ValueError: If there is no such part.
     """
-    return _measure(*_predict_part(model, prepared, part, batch_size), task_kinds(model), prepared, part)
+    return measure(*_predict_part(model, prepared, part, batch_size), task_kinds(model), prepared, part)
 
 
 def evaluate_run(
@@ -132,7 +132,7 @@ def evaluate_run(
     report(f"Evaluating {run.checkpoint} on {rows:,} rows of the {part} part ...")
     predicted, conditional = _predict_part(model, prepared, part, batch_size)
     kinds = task_kinds(model)
-    merged |= _measure(predicted, conditional, kinds, prepared, part)
+    merged |= measure(predicted, conditional, kinds, prepared, part)
     for name, figure in _figures(predicted, conditional, kinds, prepared, part).items():
         save_figure(figure, run.figures / f"{part}_{name}.png")
     write_json(run.report_file, merged)
@@ -173,7 +173,19 @@ def _predict_part(model: keras.Model, prepared: Prepared, part: str, batch_size:
     return predict(model, data, batch_size), predict_conditional(model, data, batch_size)
 
 
-def _measure(predicted: Values, conditional: Values, kinds: dict[str, str], prepared: Prepared, part: str) -> Report:
+def measure(predicted: Values, conditional: Values, kinds: Mapping[str, str], prepared: Prepared, part: str) -> Report:
+    """The report on one part from what was predicted for its rows, whoever predicted it.
+
+    Args:
+        predicted: `{task: (n,)}`, in the order of `prepared.part_rows(part)`: probabilities, or values of a regression.
+        conditional: `{task: (n,)}`, p(conversion given click) where that is not what `predicted` has.
+        kinds: `{task: "binary" | "regression"}`.
+        prepared: The data.
+        part: `"train"`, `"validation"` or `"test"`.
+
+    Returns:
+        As `evaluate_model`.
+    """
     pairs = prepared.pairs.iloc[prepared.part_rows(part)]
     data = prepared.part(part, tuple(predicted))
     users, warm = prepared.raw["user"]["user_id"][data.user_rows], prepared.known("user")[data.user_rows]

@@ -14,8 +14,8 @@ FLOORS = (
     {"gate_statistics", "layers", "losses", "metrics", "statistics", "vector_index"},
     {"data", "figures", "models"},
     {"exact", "monitoring", "run"},
-    {"training", "evaluation", "baselines", "serving", "server", "onnx_export", "profiles", "analysis"},
-    {"finished_runs", "comparison_tables"},
+    {"training", "evaluation", "serving", "server", "onnx_export", "profiles", "analysis"},
+    {"baselines", "finished_runs", "comparison_tables"},
     {"comparison", "tuning", "synthetic_experiment"},
     {"cli"},
 )
