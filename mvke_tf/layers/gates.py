@@ -11,19 +11,25 @@ from keras import ops
 from mvke_tf.layers.experts import check_indices
 
 
-def check_top_k(top_k: int | None, num_experts: int | None = None) -> int:
+def check_top_k(top_k: int | None, num_experts: int | None = None, gate: str = "gate") -> int:
     """The number of experts that keep weight, 0 for all, once it is known to be possible.
 
+    Args:
+        top_k: The number.
+        num_experts: How many experts the gate weighs, where that is known.
+        gate: Name of the gate, for the message.
+
     Raises:
-        ValueError: If it is negative, or larger than the number of experts.
+        ValueError: If it is no integer, negative, or larger than the number of experts.
     """
     top_k = top_k or 0
-    if top_k < 0:
+    if top_k != int(top_k) or top_k < 0:
         raise ValueError(f"`top_k` must be 0 (all experts) or the number that keep weight. Received: {top_k}")
+    top_k = int(top_k)
     if num_experts is not None and top_k > num_experts:
         raise ValueError(
-            f"`top_k` must be at most the number of experts that a gate weighs, {num_experts} here; 0 keeps all. "
-            f"Received: top_k={top_k}"
+            f"{gate}: `top_k` (`gate_top_k`) must be at most the number of experts that this gate weighs, "
+            f"{num_experts}; 0 keeps all. Received: {top_k}"
         )
     return top_k
 
@@ -33,11 +39,13 @@ class GateSoftmax(keras.layers.Layer):
     """From scores to gate weights: `g = softmax(s)`, over the k highest scores of each row if `top_k` is k.
 
     With `top_k`, exactly k experts of a row keep weight, those of the lowest index where scores are equal; the others
-    get a weight of exactly zero, no gradient reaches their scores, and none reaches their outputs through a mixture.
+    get a weight of exactly zero, and no gradient of a mixture reaches their scores or their outputs. With k = 1 the
+    kept weight is always 1, so that nothing but the balance loss trains the scores.
 
-    With `balance`, training adds to the loss `balance * CV(I)²`, where `I_e = Σ_b g_be` is the importance of expert e
-    and CV(I) the standard deviation of the importances over their mean: 0 if the batch uses all experts alike, E - 1
-    if it uses one alone. Differs from the paper in that scores have no noise.
+    With `balance`, training adds to the loss `balance * CV(I)²`, where `I_e = Σ_b softmax(s_b)_e` is the importance of
+    expert e and CV(I) the standard deviation of the importances over their mean: 0 if the batch uses all experts alike,
+    E - 1 if it uses one alone. Differs from the paper in that scores have no noise; the softmax is therefore that of
+    all scores, kept or not, so that the loss also reaches an expert that no row chooses.
 
     B is the batch, E the number of experts.
 
@@ -71,19 +79,19 @@ class GateSoftmax(keras.layers.Layer):
         self.balance = float(balance)
 
     def build(self, scores_shape) -> None:
-        check_top_k(self.top_k, scores_shape[-1])
+        check_top_k(self.top_k, scores_shape[-1], self.name)
         super().build(scores_shape)
 
     def call(self, scores, training=None):
+        if training and self.balance:
+            importance = ops.sum(ops.softmax(ops.cast(scores, "float32"), axis=-1), axis=0)
+            self.add_loss(self.balance * squared_variation(importance))
         if self.top_k:
             # By index and not by the k-th highest score, which several experts may have.
             _, chosen = ops.top_k(scores, self.top_k)
             kept = ops.sum(ops.one_hot(chosen, scores.shape[-1], dtype="int32"), axis=-2) > 0
             scores = ops.where(kept, scores, float("-inf"))
-        weights = ops.softmax(scores, axis=-1)
-        if training and self.balance:
-            self.add_loss(self.balance * squared_variation(ops.sum(ops.cast(weights, "float32"), axis=0)))
-        return weights
+        return ops.softmax(scores, axis=-1)
 
     def compute_output_shape(self, scores_shape):
         return tuple(scores_shape)
@@ -134,7 +142,7 @@ class VirtualKernelGate(keras.layers.Layer):
     def __init__(self, kernels: Sequence[int], top_k: int = 0, balance: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.kernels = check_indices(kernels)
-        check_top_k(top_k, len(self.kernels))
+        check_top_k(top_k, len(self.kernels), self.name)
         self.softmax = GateSoftmax(top_k, balance, dtype=self.dtype_policy, name="softmax")
 
     def build(self, tag_shape, kernels_shape) -> None:
@@ -206,7 +214,7 @@ class ExpertGate(keras.layers.Layer):
     ) -> None:
         super().__init__(**kwargs)
         self.experts = check_indices(experts)
-        check_top_k(top_k, len(self.experts))
+        check_top_k(top_k, len(self.experts), self.name)
         self.stddev = stddev
         self.seed = seed
         self.dense = keras.layers.Dense(

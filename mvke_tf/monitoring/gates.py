@@ -17,7 +17,7 @@ from mvke_tf.models.two_tower import USER_VECTOR, gate_model, mixed_experts
 # Most entities of a side on which a gate is looked at, spread evenly over those of the data. A user state costs more:
 # it has lists.
 MOST_ENTITIES = {"item": 4096, "user": 1024}
-ADVICE = "Try a balance loss (--balance_coefficient 0.01), a lower learning rate, or fewer experts."
+ADVICE = "Try a larger --balance_coefficient (0.01 to 1), a lower learning rate, or fewer experts."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,10 +168,12 @@ def test_balance_by_hand():
     assert balance_losses(GateSoftmax(balance=1.0), np.zeros((2, 3), "float32")) == pytest.approx([0.0], abs=1e-12)
 
 
-def test_balance_counts_the_weights_that_top_k_leaves():
-    assert balance_losses(GateSoftmax(top_k=1, balance=1.0), SCORES) == pytest.approx(
-        [np.array([2, 1, 0, 1]).var() / 1.0], rel=1e-5
-    )
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_balance_reads_the_scores_that_top_k_cuts_off(top_k):
+    """Or an expert that no row chooses would never be chosen again."""
+    for scores in (SCORES, np.array([[3.0, 2.0, -2.0, -3.0]] * 2, "float32")):
+        (loss,) = balance_losses(GateSoftmax(top_k, balance=1.0), scores)
+        assert [loss] == balance_losses(GateSoftmax(balance=1.0), scores) and loss > 0.01
 
 
 def test_balance_only_while_training_and_only_with_a_coefficient():
@@ -185,10 +187,11 @@ def test_balance_only_while_training_and_only_with_a_coefficient():
     ("make", "message"),
     [
         (lambda: GateSoftmax(-1), r"`top_k` must be 0 \(all experts\) or the number that keep weight. Received: -1"),
+        (lambda: GateSoftmax(1.5), r"`top_k` must be 0 \(all experts\) or the number that keep weight. Received: 1.5"),
         (lambda: GateSoftmax(balance=-0.1), "`balance` must be 0 or more. Received: -0.1"),
-        (lambda: GateSoftmax(5)(SCORES), r"that a gate weighs, 4 here; 0 keeps all. Received: top_k=5"),
-        (lambda: ExpertGate((1, 2), top_k=3), r"that a gate weighs, 2 here; 0 keeps all. Received: top_k=3"),
-        (lambda: VirtualKernelGate((1, 2), top_k=3), r"that a gate weighs, 2 here; 0 keeps all. Received: top_k=3"),
+        (lambda: GateSoftmax(5)(SCORES), r"that this gate weighs, 4; 0 keeps all. Received: 5"),
+        (lambda: ExpertGate((1, 2), top_k=3), r"that this gate weighs, 2; 0 keeps all. Received: 3"),
+        (lambda: VirtualKernelGate((1, 2), top_k=3), r"that this gate weighs, 2; 0 keeps all. Received: 3"),
     ],
 )
 def test_sparse_gate_errors(make, message):

@@ -10,7 +10,7 @@ from keras import ops
 from mvke_tf.layers import ExpertGate, VirtualKernelGate
 from mvke_tf.models import build_model
 from mvke_tf.models.dense_mmoe import build_mmoe
-from mvke_tf.models.two_tower import distinct_model, gate_model
+from mvke_tf.models.two_tower import cut, distinct_model, gate_model
 from mvke_tf.schema import Task
 from tests.layer_checks import assert_close, loss_and_gradients
 from tests.models.problems import (
@@ -40,6 +40,14 @@ def balance(weights):
     return SPARSE["balance_coefficient"] * importance.var() / importance.mean() ** 2
 
 
+def full_weights(gate):
+    """The weights of a gate of a functional model before all but the highest are cut off."""
+    if isinstance(gate, ExpertGate):
+        return ops.softmax(ops.matmul(gate.input, gate.dense.kernel.value) + gate.dense.bias.value)
+    tag, kernels = gate.input
+    return ops.softmax(ops.matmul(tag, ops.transpose(ops.take(kernels, gate.kernels, axis=0))))
+
+
 @pytest.mark.parametrize("name", GATES)
 def test_a_saved_model_keeps_its_gates_and_its_balance_loss(name, tmp_path):
     model = build(name)
@@ -47,13 +55,14 @@ def test_a_saved_model_keeps_its_gates_and_its_balance_loss(name, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     results = []
     for either in (model, loaded):
-        gates = [layer.output for layer in either.layers if isinstance(layer, (ExpertGate, VirtualKernelGate))]
-        (outputs, weights), losses = in_training(keras.Model(either.input, [either.output, gates]), PAIRS)
+        gates = [layer for layer in either.layers if isinstance(layer, (ExpertGate, VirtualKernelGate))]
+        kept, full = [gate.output for gate in gates], list(map(full_weights, gates))
+        (outputs, weights, before), losses = in_training(keras.Model(either.input, [either.output, kept, full]), PAIRS)
         assert len(weights) == len(losses) == GATES[name]
         for gate in weights:
             np.testing.assert_array_equal((gate > 0).sum(axis=1), 2)
             assert_close(gate.sum(axis=1), np.ones(len(gate)))
-        assert sorted(losses) == pytest.approx(sorted(map(balance, weights)), rel=1e-4)
+        assert sorted(losses) == pytest.approx(sorted(map(balance, before)), rel=1e-4)
         results.append(outputs)
     for task, output in results[0].items():
         assert_close(results[1][task], output, 1e-6)
@@ -70,7 +79,8 @@ def test_by_default_all_experts_count_and_nothing_is_added(name):
 
 def test_distinct_users_and_items_keep_the_balance_loss():
     model = build("mmoe")
-    weights = numpy_outputs(gate_model(model), USERS).values()
+    gates = {task: full_weights(model.get_layer(f"gate_{task}")) for task in ("ctr", "cvr")}
+    weights = numpy_outputs(cut(model, gates, "full"), USERS).values()
     _, losses = in_training(distinct_model(model), {**USERS, **ITEMS, **ROWS})
     assert losses == pytest.approx(list(map(balance, weights)), rel=1e-4)
 
@@ -86,19 +96,22 @@ def test_distinct_users_and_items_keep_the_balance_loss():
     ],
 )
 def test_more_than_a_gate_has_is_an_error(name, task, top_k, seen):
-    with pytest.raises(
-        ValueError, match=f"number of experts that a gate weighs, {seen} here.* Received: top_k={top_k}"
-    ):
+    # The first gate of PLE is that of the first level.
+    gate = "gate_1_task_ctr" if name == "ple" else "gate_ctr"
+    with pytest.raises(ValueError, match=f"^{gate}: .* that this gate weighs, {seen};.* Received: {top_k}$"):
         build(name, SCHEMA.with_tasks([task]), gate_top_k=top_k)
 
 
-def test_the_balance_loss_evens_out_the_use_of_experts():
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_the_balance_loss_evens_out_the_use_of_experts(top_k):
     """A gate that starts with almost all weight on one of four experts, trained with and without the loss."""
     features = np.random.default_rng(0).normal(size=(60 * 32, 4)).astype("float32")
     variation = {}
     for coefficient in (0.0, 1.0):
         keras.utils.set_random_seed(0)
-        model = build_mmoe(4, 4, 1, (6,), (), balance_coefficient=coefficient, return_expert_weights=True)
+        model = build_mmoe(
+            4, 4, 1, (6,), (), balance_coefficient=coefficient, gate_top_k=top_k, return_expert_weights=True
+        )
         model.get_layer("gate_task_0").dense.bias.assign([4.0, 0.0, 0.0, 0.0])
         trained = keras.Model(model.input, {"task_0": model.output["task_0"]})
         trained.compile(keras.optimizers.Adam(0.1), loss="mse", jit_compile=JIT_COMPILE)
@@ -106,7 +119,7 @@ def test_the_balance_loss_evens_out_the_use_of_experts():
         importance = numpy_outputs(model, features)["task_0_expert_weights"].sum(axis=0)
         variation[coefficient] = float(importance.var() / importance.mean() ** 2)
     assert variation[0.0] > 0.5
-    assert variation[1.0] < 0.02
+    assert variation[1.0] < 0.15
 
 
 def test_experts_outside_the_top_k_are_not_trained():
