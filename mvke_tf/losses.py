@@ -8,12 +8,23 @@ from typing import Any
 import keras
 from keras import ops
 
+from mvke_tf.schema import TASK_KINDS
+
 # The mean over the rows that count: rows of weight 0 (no label there) do not dilute the others.
 REDUCTION = "mean_with_sample_weight"
 
 
 def task_loss(kind: str) -> keras.losses.Loss:
-    """The loss of one task from its output and label `(B, 1)`: sigmoid cross entropy in nats, or squared error."""
+    """The loss of one task from its output and label `(B, 1)`: sigmoid cross entropy in nats, or squared error.
+
+    Args:
+        kind: `"binary"` or `"regression"`.
+
+    Raises:
+        ValueError: If it is another kind.
+    """
+    if kind not in TASK_KINDS:
+        raise ValueError(f"The kind of a task must be one of {TASK_KINDS}. Received: {kind!r}")
     if kind == "binary":
         return keras.losses.BinaryCrossentropy(from_logits=True, reduction=REDUCTION)
     return keras.losses.MeanSquaredError(reduction=REDUCTION)
@@ -99,8 +110,8 @@ class UncertaintyLoss(keras.losses.Loss):
 
     def __init__(self, task: str, kind: str, name: str = "uncertainty_loss", **kwargs: Any) -> None:
         super().__init__(name=name, reduction=kwargs.pop("reduction", REDUCTION), **kwargs)
-        self.task, self.kind = task, kind
         self.loss = task_loss(kind)
+        self.task, self.kind = task, kind
         self._log_variance: Callable[[], Any] | None = None
 
     def bind(self, layer: TaskUncertainty) -> None:
@@ -144,16 +155,29 @@ def uncertainty_layer(model: keras.Model) -> TaskUncertainty | None:
     return next((layer for layer in model.layers if isinstance(layer, TaskUncertainty)), None)
 
 
-def with_uncertainty(model: keras.Model, layer: TaskUncertainty | None = None) -> UncertaintyModel:
+def with_uncertainty(
+    model: keras.Model, layer: TaskUncertainty | None = None, tasks: Sequence[str] | None = None
+) -> UncertaintyModel:
     """The same model, sharing its weights, with a trained log-variance for each of its outputs `{task: tensor}`.
 
-    Compile it with `task_losses(model, kinds)`.
+    Compile it with `task_losses(model, kinds)`. Weight decay would pull the weights of the tasks towards 1: with it,
+    call `optimizer.exclude_from_weight_decay(var_names=["log_variances"])` before.
 
     Args:
         model: A functional model of `{task: output}`.
         layer: The log-variances; new ones by default.
+        tasks: Names of the outputs that are tasks; all by default. Other outputs, such as the gate weights of
+            `return_expert_weights=True`, pass unchanged.
+
+    Raises:
+        ValueError: If the model has log-variances already, or no output of one of the names.
     """
-    layer = layer or TaskUncertainty(tuple(model.output), name="task_uncertainty")
+    if uncertainty_layer(model) is not None:
+        raise ValueError(f"The model {model.name!r} has log-variances already. Compile it with `task_losses`.")
+    tasks = tuple(model.output) if tasks is None else tuple(tasks)
+    if unknown := sorted(set(tasks) - set(model.output)):
+        raise ValueError(f"The model {model.name!r} has outputs {sorted(model.output)}. Received the tasks: {unknown}")
+    layer = layer or TaskUncertainty(tasks, name="task_uncertainty")
     return UncertaintyModel(model.input, layer(model.output), name=model.name)
 
 
@@ -163,7 +187,17 @@ def task_losses(model: keras.Model, kinds: Mapping[str, str]) -> dict[str, keras
     Args:
         model: A model of `{task: output}`; one of `with_uncertainty` gets `UncertaintyLoss`.
         kinds: `{task: "binary" or "regression"}`, for a two-tower model from `mvke_tf.models.two_tower.task_kinds`.
+            An output that is left out has no loss, unless it has a log-variance.
+
+    Raises:
+        ValueError: If a kind is unknown, or `kinds` does not name the outputs (the log-variances) of the model.
     """
-    if uncertainty_layer(model) is None:
+    layer = uncertainty_layer(model)
+    known = set(model.output) if layer is None else set(layer.tasks)
+    if set(kinds) - known or (layer is not None and known - set(kinds)):
+        raise ValueError(
+            f"`kinds` must name the tasks of the model {model.name!r}, {sorted(known)}. Received: {sorted(kinds)}"
+        )
+    if layer is None:
         return {task: task_loss(kind) for task, kind in kinds.items()}
     return {task: UncertaintyLoss(task, kind, name=f"{task}_loss") for task, kind in kinds.items()}

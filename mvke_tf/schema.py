@@ -107,6 +107,14 @@ class Task:
         for name in ("kernels", "experts", "domain"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.domain is not None and (len(self.domain) != 2 or not self.domain[0] < self.domain[1]):
+            raise ValueError(
+                f"Task {self.name!r}: `domain` must be the lowest and the highest legal label. Received: {self.domain}"
+            )
+        if self.domain is not None and self.offset and not self.domain[0] <= self.offset <= self.domain[1]:
+            raise ValueError(
+                f"Task {self.name!r}: `offset` must lie in the domain {self.domain}. Received: {self.offset}"
+            )
 
 
 CTR_CVR = (Task("ctr"), Task("cvr"))
@@ -137,6 +145,8 @@ class Schema:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         _check_unique("feature", (feature.name for feature in self.features))
         _check_unique("task", (task.name for task in self.tasks))
+        if both := sorted({name for feature in self.features for name in feature.inputs} & set(self.task_names)):
+            raise ValueError(f"A task and a feature (or its weights) need different names. Received twice: {both}")
         for number, task in enumerate(self.tasks):
             earlier = [other.name for other in self.tasks[:number] if other.kind == "binary"]
             if task.given is not None and task.given not in earlier:

@@ -11,6 +11,7 @@ from mvke_tf.losses import (
     uncertainty_layer,
     with_uncertainty,
 )
+from mvke_tf.models.dense_mmoe import build_mmoe
 from tests.layer_checks import assert_close, loss_and_gradients
 
 LABELS = np.array([[1.0], [0.0], [1.0]], "float32")
@@ -79,6 +80,39 @@ def test_without_uncertainty_the_losses_are_plain():
         keras.losses.BinaryCrossentropy,
         keras.losses.MeanSquaredError,
     ]
+
+
+@pytest.mark.parametrize("uncertain", [False, True])
+def test_kinds_that_do_not_fit_are_refused(uncertain):
+    model = with_uncertainty(small_model()) if uncertain else small_model()
+    with pytest.raises(
+        ValueError, match=r"must name the tasks of .*\['click', 'stars'\]. Received: \['clik', 'stars'\]"
+    ):
+        task_losses(model, {"clik": "binary", "stars": "regression"})
+    with pytest.raises(ValueError, match=r"one of \('binary', 'regression'\). Received: 'bianry'"):
+        task_losses(model, {"click": "bianry", "stars": "regression"})
+    if uncertain:
+        with pytest.raises(ValueError, match=r"Received: \['stars'\]"):
+            task_losses(model, {"stars": "regression"})
+        with pytest.raises(ValueError, match="has log-variances already"):
+            with_uncertainty(model)
+    else:
+        assert list(task_losses(model, {"stars": "regression"})) == ["stars"]
+
+
+def test_outputs_that_are_no_tasks_have_no_log_variance():
+    """Gate weights, for example, pass unchanged, and `fit` asks for no labels of theirs."""
+    plain = build_mmoe(3, 2, 2, (4,), (), return_expert_weights=True)
+    with pytest.raises(ValueError, match=r"Received the tasks: \['task_2'\]"):
+        with_uncertainty(plain, tasks=["task_2"])
+    model = with_uncertainty(plain, tasks=["task_0", "task_1"])
+    assert set(uncertainty_layer(model).by_task()) == {"task_0", "task_1"}
+    x = np.random.default_rng(0).normal(size=(64, 3)).astype("float32")
+    model.compile("adam", loss=task_losses(model, {"task_0": "regression", "task_1": "regression"}))
+    model.fit(x, {"task_0": x[:, :1], "task_1": x[:, 1:2]}, epochs=2, verbose=0)
+    assert all(value != 0.0 for value in uncertainty_layer(model).by_task().values())
+    gates = ops.convert_to_numpy(model(x)["task_1_expert_weights"])
+    np.testing.assert_array_equal(gates, ops.convert_to_numpy(plain(x)["task_1_expert_weights"]))
 
 
 def test_log_variances_learn_and_survive_saving(tmp_path):

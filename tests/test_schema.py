@@ -95,6 +95,7 @@ def test_rejects_another_kind_of_task():
             CTR_CVR,
             "'liked' shares the table of 'item_id' and needs its vocabulary_size 9. Received: 8",
         ),
+        ((USER, ITEM), (Task("item_id"),), r"need different names. Received twice: \['item_id'\]"),
     ],
 )
 def test_rejects_schemas(features, tasks, message):
@@ -115,6 +116,9 @@ def test_rejects_unknown_settings():
         ({"kind": "regression", "given": "ctr"}, "`given` is for binary tasks"),
         ({"offset": 1.0}, "`offset` and `domain` are for regression tasks"),
         ({"domain": (0, 1)}, "`offset` and `domain` are for regression tasks"),
+        ({"kind": "regression", "domain": (5, 1)}, r"lowest and the highest legal label. Received: \(5, 1\)"),
+        ({"kind": "regression", "domain": (5,)}, r"lowest and the highest legal label. Received: \(5,\)"),
+        ({"kind": "regression", "domain": (1, 5), "offset": 9}, r"must lie in the domain \(1, 5\). Received: 9"),
     ],
 )
 def test_settings_of_another_kind_of_task(task, message):
