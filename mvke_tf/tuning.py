@@ -6,7 +6,8 @@
     runs/trial-NNN/   one run directory per trial; of single_task one per trial and task, trial-NNN_<task>
     training.log      what training printed
     trials.csv        one row per trial, the best first
-    best_config.json  settings of the best trial, for scripts/train.py --config
+    best_config.json  settings of the best trial, for scripts/train.py --config and scripts/compare_models.py --configs;
+                      of single_task also one file per task, best_config_<task>.json, for scripts/train.py
 """
 
 from __future__ import annotations
@@ -158,7 +159,9 @@ def tune(
     done = [trial for trial in done if trial.status == "COMPLETED"]
     if not done:
         raise TrainingError(f"No trial could be trained, see {folder / 'training.log'}. Received: {trials} trials")
-    write_json(folder / "best_config.json", trial_config(base, done[0].hyperparameters.values).to_dict())
+    best = trial_config(base, done[0].hyperparameters.values)
+    for suffix, config in {**configs_of_runs(best), "": best}.items():
+        write_json(folder / f"best_config{suffix}.json", config.to_dict())
     table = pd.DataFrame(_row(base, trial, folder) for trial in done)
     with written_whole(folder / "trials.csv") as temporary:
         table.to_csv(temporary, index=False)

@@ -43,6 +43,7 @@ def main() -> None:
     config = read_settings(args, args.config)
     fixed = [name for name, option in SEARCHED.items() if getattr(args, option) is not None]
 
+    from mvke_tf.finished_runs import configs_of_runs
     from mvke_tf.tuning import tune
 
     # TensorFlow warns of functions that are traced again and again; here they belong to one model after another.
@@ -54,9 +55,9 @@ def main() -> None:
         print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)
         sys.exit(130)
     print(f"\n{table.to_string(index=False)}\n\n{args.out / 'trials.csv'}")
-    # A run of single_task learns one task, the trials of a search learn each.
-    one = f" --tasks {config.model.tasks[0]}" if config.model.name == "single_task" else ""
-    print(f"Train the best: python scripts/train.py --config {args.out / 'best_config.json'}{one}")
+    # A run of single_task learns one task, a trial of its search each.
+    for suffix in configs_of_runs(config):
+        print(f"Train the best: python scripts/train.py --config {args.out / f'best_config{suffix}.json'}")
 
 
 if __name__ == "__main__":

@@ -168,6 +168,8 @@ def test_a_trial_of_single_task_is_a_run_per_task(searched, tmp_path):
     assert (table["epochs"][0], table["best_epoch"][0]) == (2, 2)
     best = RunConfig.from_dict(json.loads((tmp_path / "best_config.json").read_text()))
     assert best.model.tasks == ("ctr", "cvr")  # as a comparison takes it
+    for task, run in runs.items():
+        assert RunConfig.from_dict(json.loads((tmp_path / f"best_config_{task}.json").read_text())) == run.config
 
 
 def test_what_is_given_is_not_searched(tmp_path, monkeypatch, capsys):
