@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mvke_tf.config import CHOICES, SECTIONS, RunConfig
+from mvke_tf.config import CHOICES, SECTIONS, RunConfig, entry_type
 
 DEBUG = "MVKE_DEBUG"
 
@@ -99,7 +99,7 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str, without: Colle
             if isinstance(field.default, bool):
                 options["action"] = argparse.BooleanOptionalAction
             elif isinstance(field.default, tuple):
-                options |= {"nargs": "+", "type": type(field.default[0]) if field.default else float}
+                options |= {"nargs": "+", "type": entry_type(field)}
             else:
                 options["type"] = type(field.default)
             if (section, field.name) in CHOICES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -53,14 +54,35 @@ def from_dict(cls: type[T], values: Any) -> T:
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
             raise ValueError(f"{cls.__name__}.{key} must be of the type of {default!r}. Received: {value!r}")
         if isinstance(value, tuple):
-            # An empty default is one of numbers.
-            element = type(default[0]) if default else (int, float)
-            if any(not isinstance(entry, element) or isinstance(entry, bool) for entry in value):
-                kind = element.__name__ if default else "number"
+            element = entry_type(fields[key])
+            kinds, kind = ((int, float), "number") if element is float else (element, element.__name__)
+            if any(not isinstance(entry, kinds) or isinstance(entry, bool) for entry in value):
                 raise ValueError(f"{cls.__name__}.{key} must be a list of {kind}s. Received: {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{cls.__name__}.{key} must be finite. Received: {value!r}")
     return cls(**given)
+
+
+def entry_type(field: dataclasses.Field) -> type:
+    """The type of the entries of a setting that is a tuple."""
+    return type(field.default[0]) if field.default else field.metadata["entries"]
+
+
+def index_range(text: str) -> tuple[int, ...]:
+    """Indices written as `"0-5"` (both ends included) or `"0,2,4-6"`.
+
+    Raises:
+        ValueError: If it is written in another way.
+
+    >>> index_range("0-2,5")
+    (0, 1, 2, 5)
+    """
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise ValueError(f"Indices are written as 0-5 or 0,2,4-6. Received: {text!r}")
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    if any(part[0] > part[-1] for part in ends):
+        raise ValueError(f"A range of indices goes up. Received: {text!r}")
+    return tuple(index for part in ends for index in range(part[0], part[-1] + 1))
 
 
 def _check(owner: object, name: str, valid: object, expected: str) -> None:
@@ -114,6 +136,10 @@ class ModelConfig:
         num_virtual_kernels: Number K of virtual kernels (MVKE).
         num_experts: Number E of experts (MMoE, CGC; PLE has so many per level).
         num_levels: Levels of extraction (PLE).
+        task_kernels: The virtual kernels that each task may select, in the order of the tasks, as `("0-2", "1-4")`; by
+            default they follow from the number of kernels (MVKE).
+        task_experts: The experts that each task sees, as `("0-5", "2-9")`, the published MMoE baseline; by default all
+            in MMoE, its own and the shared ones in CGC.
         shared_experts: Whether one network serves as expert of all virtual kernels (MVKE).
         gate_top_k: Experts (MVKE: virtual kernels) that keep gate weight in each row, those with the highest scores; 0
             keeps all. For mixtures of experts.
@@ -138,6 +164,8 @@ class ModelConfig:
     num_virtual_kernels: int = 5
     num_experts: int = 10
     num_levels: int = 2
+    task_kernels: tuple[str, ...] = dataclasses.field(default=(), metadata={"entries": str})
+    task_experts: tuple[str, ...] = dataclasses.field(default=(), metadata={"entries": str})
     shared_experts: bool = False
     gate_top_k: int = 0
     balance_coefficient: float = 0.0
@@ -168,6 +196,17 @@ class ModelConfig:
         _check(self, "num_virtual_kernels", self.num_virtual_kernels >= 1, "at least 1")
         _check(self, "num_experts", self.num_experts >= 1, "at least 1")
         _check(self, "num_levels", self.num_levels >= 1, "at least 1")
+        for name, number in (("task_kernels", self.num_virtual_kernels), ("task_experts", self.num_experts)):
+            ranges = tuple(getattr(self, name))
+            object.__setattr__(self, name, ranges)
+            _check(self, name, len(ranges) in (0, len(self.tasks)), f"left out, or one range for each of {self.tasks}")
+            indices = [index_range(text) for text in ranges]
+            _check(
+                self,
+                name,
+                all(0 < len(seen) == len(set(seen)) and max(seen) < number for seen in indices),
+                f"ranges of different indices below {number}",
+            )
         _check(self, "gate_top_k", self.gate_top_k >= 0, "0 (all experts) or more")
         _check(self, "balance_coefficient", self.balance_coefficient >= 0, "0 or more")
         _check(self, "dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
@@ -216,7 +255,7 @@ class TrainingConfig:
     clipnorm: float = 0.0
     accumulation_steps: int = 1
     loss_weighting: str = "fixed"
-    task_weights: tuple[float, ...] = ()
+    task_weights: tuple[float, ...] = dataclasses.field(default=(), metadata={"entries": float})
     precision: str = "float32"
     xla: bool = False
     steps_per_execution: int = 1

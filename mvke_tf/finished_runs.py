@@ -55,7 +55,7 @@ def configs_of_runs(config: RunConfig) -> dict[str, RunConfig]:
     return {
         f"_{task}": dataclasses.replace(
             config,
-            model=dataclasses.replace(config.model, tasks=(task,), **alone),
+            model=dataclasses.replace(config.model, tasks=(task,), task_kernels=(), task_experts=(), **alone),
             training=dataclasses.replace(config.training, task_weights=()),
         )
         for task in config.model.tasks

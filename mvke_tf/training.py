@@ -18,7 +18,7 @@ import numpy as np
 from mvke_tf.config import RunConfig, TrainingConfig
 from mvke_tf.data.dataset import Batches
 from mvke_tf.data.groups import movielens_groups
-from mvke_tf.data.prepared import prepare_movielens
+from mvke_tf.data.prepared import Prepared, prepare_movielens
 from mvke_tf.losses import task_losses, uncertainty_layer, with_uncertainty
 from mvke_tf.models import build_model, check_model, unread_settings
 from mvke_tf.models.two_tower import task_kinds, training_model
@@ -108,6 +108,11 @@ def compile_model(model: keras.Model, kinds: dict[str, str], config: TrainingCon
         steps_per_execution=config.steps_per_execution,
         jit_compile=True if config.xla else "auto" if keras.backend.backend() == "jax" else False,
     )
+    if config.xla and not model.jit_compile:
+        raise ValueError(
+            "XLA cannot compile this training: an earlier one of this process has switched determinism on, which "
+            "cannot be undone, or a layer does not allow it. Train in a new process. Received: xla=True"
+        )
 
 
 @contextmanager
@@ -255,12 +260,24 @@ def train(
             (`RunError`), or the loss becomes NaN or infinite (`TrainingError`).
     """
     check_model(config.model.name, len(config.model.tasks))
-    unread = unread_settings(config.model)
-    if unread:
-        report(f"Note: {config.model.name} does not read {', '.join(unread)}; this has no influence.")
+    for note in training_notes(config):
+        report(f"Note: {note}")
     name = run_name or f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     prepared = prepare_movielens(data_dir, config.data, report=report)
+    # A shape that cannot be built must not leave a run behind.
+    build_model(config.model.name, Prepared.load(prepared).schema_for(config.model), config.model)
     return train_run(Run.create(runs_dir / name, config, prepared), report)
+
+
+def training_notes(config: RunConfig) -> Iterator[str]:
+    """What the settings say without effect."""
+    unread = unread_settings(config.model)
+    if unread:
+        yield f"{config.model.name} does not read {', '.join(unread)}; this has no influence."
+    if config.training.optimizer == "adam" and config.training.weight_decay != TrainingConfig().weight_decay:
+        yield "adam does not read weight_decay; adamw does."
+    if config.model.gate_top_k == 1 and "gate_top_k" not in unread:
+        yield "with gate_top_k 1 the kept weight is always 1, so that only balance_coefficient trains the gates."
 
 
 def train_run(run: Run, report: Callable[[str], object] = print) -> Result:
@@ -287,6 +304,11 @@ def train_run(run: Run, report: Callable[[str], object] = print) -> Result:
     for data in parts.values():
         data.check_labels(schema.tasks)
     training = Batches(parts["train"], config.batch_size, config.distinct, DISTINCT_MULTIPLE)
+    if config.accumulation_steps > training.steps:
+        report(
+            f"Note: accumulation_steps {config.accumulation_steps} is more than the {training.steps} batches of an "
+            "epoch; some epochs end without an update."
+        )
     plain, model = build_training_model(run.config, schema, training.steps)
     history = run.restore_state(model)
     finished = len(history)

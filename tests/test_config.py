@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, from_dict
+from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, from_dict, index_range
 
 CONFIG = RunConfig(
     DataConfig("ratings", "per_user", neg_ratio=2, history_length=10, seed=1),
@@ -67,6 +67,19 @@ def test_is_frozen():
         (ModelConfig, "tasks", ("rating", "ctr"), r"different tasks in the order of .*Received: \('rating', 'ctr'\)"),
         (ModelConfig, "tasks", ("ctr", "ctr"), r"different tasks in the order of .*Received: \('ctr', 'ctr'\)"),
         (ModelConfig, "conversion", "all", r"one of \('impressions', 'clicked', 'esmm'\). Received: 'all'"),
+        (
+            ModelConfig,
+            "task_kernels",
+            ("0-2",),
+            r"left out, or one range for each of \('ctr', 'cvr'\). Received: \('0-2',\)",
+        ),
+        (
+            ModelConfig,
+            "task_kernels",
+            ("0-2", "1-5"),
+            r"ranges of different indices below 5. Received: \('0-2', '1-5'\)",
+        ),
+        (ModelConfig, "task_experts", ("0,0", "1"), r"ranges of different indices below 10. Received: \('0,0', '1'\)"),
         (TrainingConfig, "patience", -1, "0 or more. Received: -1"),
         (TrainingConfig, "seed", 2**31, r"in \[0, 2\*\*31\). Received: 2147483648"),
     ],
@@ -97,6 +110,14 @@ def test_from_dict_builds_any_settings():
 def test_rejects_values_of_other_types_in_files(values, message):
     with pytest.raises(ValueError, match=message):
         RunConfig.from_dict(values)
+
+
+def test_index_ranges():
+    assert index_range("0-5") == (0, 1, 2, 3, 4, 5)
+    assert index_range("7,0-2,4-4") == (7, 0, 1, 2, 4)
+    for text, message in (("0:5", "written as 0-5 or 0,2,4-6"), ("", "written as"), ("5-0", "goes up")):
+        with pytest.raises(ValueError, match=f"{message}.* Received: '{text}'"):
+            index_range(text)
 
 
 @pytest.mark.parametrize(("conversion", "tasks"), [("esmm", ("ctr",)), ("clicked", ("ctr", "rating"))])

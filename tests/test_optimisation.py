@@ -151,6 +151,12 @@ def test_xla_compiles_the_same_training_step(monkeypatch):
     assert_all_close(gradients_after([slice(0, 6)], **xla), gradients_after([slice(0, 6)]))
 
 
+def test_xla_that_cannot_be_had_is_an_error(monkeypatch):
+    monkeypatch.setattr(tensorflow_config, "is_op_determinism_enabled", lambda: True)
+    with pytest.warns(UserWarning, match="jit_compile"), pytest.raises(ValueError, match="Train in a new process"):
+        build(xla=True, deterministic=False)
+
+
 def test_steps_per_execution_trains_the_same_in_fewer_calls():
     class Calls(keras.callbacks.Callback):
         count = 0

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorflow.python.framework import config as tensorflow_config
 
 from mvke_tf.config import DataConfig, RunConfig
 from mvke_tf.data.dataset import Batches
@@ -76,6 +77,14 @@ def test_three_tasks(small_data):
     assert first != second and abs(second) < 1
 
 
+def test_clicked_rows_with_weights_under_xla(small_data, monkeypatch):
+    # Another test may have made this process deterministic, in which there is no XLA.
+    monkeypatch.setattr(tensorflow_config, "is_op_determinism_enabled", lambda: False)
+    run = run_snippet('conversion="clicked"')["run"]
+    (epoch,) = pd.read_csv(run.log_file).to_dict("records")
+    assert epoch["loss"] == pytest.approx(epoch["ctr_loss"] + 0.5 * epoch["cvr_loss"], rel=1e-3)
+
+
 def test_uncertainty_weights():
     names = run_snippet("model = with_uncertainty(plain)")
     assert names["uncertainty_layer"](names["model"]).by_task() == {"click": 0.0, "purchase": 0.0, "stars": 0.0}
@@ -86,6 +95,14 @@ def test_uncertainty_weights():
 def test_models():
     names = run_snippet("models = [build_model(")
     assert [model.name for model in names["models"]] == ["mvke", "mmoe", "cgc", "ple", "shared_bottom", "hard_sharing"]
+    assert list(names["click_alone"].output) == ["ctr"]
+    separate = names["models"][0].get_layer("virtual_kernel_experts")
+    assert names["one_network"].get_layer("virtual_kernel_experts").count_params() == separate.count_params() / 5
+    assert [names["published"].get_layer(f"gate_{task}").experts for task in ("ctr", "cvr")] == [
+        (0, 1, 2, 3, 4, 5),
+        (2, 3, 4, 5, 6, 7, 8, 9),
+    ]
+    assert names["more_tasks"].get_layer("gate_buy").experts == (2, 3, 4)
 
 
 def test_dense_mmoe():
@@ -94,7 +111,11 @@ def test_dense_mmoe():
         **{"task_0": (None, 1), "task_1": (None, 1)},
         **{"task_0_expert_weights": (None, 3), "task_1_expert_weights": (None, 3)},
     }
-    assert set(names["recommender"].input) == {"user_id", "item_id", "dense_features"}
+    assert names["deep_gates"].output["task_1"].shape == (None, 5)
+    assert names["deep_gates"].get_layer("gate_hidden_task_0_0").units == 32
+    assert {name: tensor.shape for name, tensor in names["recommender"].input.items()} == {
+        **{"user_id": (None,), "item_id": (None,), "dense_features": (None, 8)},
+    }
 
 
 def test_own_parts(tmp_path, monkeypatch):

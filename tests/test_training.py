@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 
 from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from mvke_tf.data.dataset import Batches
-from mvke_tf.data.prepared import prepared_path
-from mvke_tf.evaluation import predict
+from mvke_tf.data.prepared import Prepared, prepared_path
+from mvke_tf.evaluation import evaluate_run, predict
 from mvke_tf.models import MODELS
 from mvke_tf.run import Run, RunError
 from mvke_tf.training import (
@@ -22,7 +23,9 @@ from mvke_tf.training import (
     best_epoch,
     build_training_model,
     is_finished,
+    train,
     train_run,
+    training_notes,
     validation_score,
 )
 from tests.conftest import REPOSITORY
@@ -258,6 +261,68 @@ def test_train_script_end_to_end(tiny_run_template, tmp_path):
     assert "exists already" in again.stderr
 
 
+def test_settings_that_cannot_be_built_leave_no_run_behind(tiny_run_template, tmp_path):
+    path = prepared_path(tmp_path / "data", DATA)
+    path.parent.mkdir(parents=True)
+    os.link(tiny_run_template / "prepared.npz", path)
+    config = RunConfig(DATA, dataclasses.replace(MODEL, name="mmoe", gate_top_k=11), TRAINING)
+    with pytest.raises(ValueError, match=r"gate_ctr: .* at most the number of experts that this gate weighs, 10"):
+        train(config, "bad", tmp_path / "data", tmp_path / "runs", quiet)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_settings_without_effect_are_named():
+    def notes(training=TRAINING, **settings):
+        return list(training_notes(RunConfig(DATA, dataclasses.replace(MODEL, **settings), training)))
+
+    assert notes() == notes(gate_top_k=2) == []
+    assert notes(name="shared_bottom", gate_top_k=1) == [
+        "shared_bottom does not read gate_top_k; this has no influence."
+    ]
+    (only,) = notes(gate_top_k=1)
+    assert "only balance_coefficient trains the gates" in only
+    (decay,) = notes(dataclasses.replace(TRAINING, weight_decay=0.05))
+    assert decay == "adam does not read weight_decay; adamw does."
+    assert notes(dataclasses.replace(TRAINING, weight_decay=0.05, optimizer="adamw")) == []
+
+
+def test_more_accumulation_than_batches_is_said(new_run):
+    lines = []
+    train_run(new_run("few", epochs=1, batch_size=10_000, accumulation_steps=2), report=lines.append)
+    assert any("accumulation_steps 2 is more than the 1 batches of an epoch" in line for line in lines)
+
+
+def test_labels_outside_their_domain_are_refused(new_run, monkeypatch):
+    run = new_run("labels")
+    whole = Prepared.part
+
+    def wrong(self, part, *arguments, **settings):
+        data = whole(self, part, *arguments, **settings)
+        data.labels["cvr"][0] = 7
+        return data
+
+    monkeypatch.setattr(Prepared, "part", wrong)
+    with pytest.raises(ValueError, match=r"binary task 'cvr' must be 0 or 1\. Received: 1 others, such as 7"):
+        train_run(run, report=quiet)
+
+
+def test_train_script_with_the_tasks_of_the_second_guide(tiny_run_template, tmp_path, monkeypatch, capsys):
+    path = prepared_path(tmp_path / "data", DATA)
+    path.parent.mkdir(parents=True)
+    os.link(tiny_run_template / "prepared.npz", path)
+    script = str(REPOSITORY / "scripts" / "train.py")
+    shape = ["--model=mmoe", "--embedding_dim=8", "--hidden_dims", "8", "--num_experts=3", "--history_length=5"]
+    where = [f"--data_dir={tmp_path / 'data'}", f"--runs_dir={tmp_path / 'runs'}", "--run_name=stars", "--epochs=1"]
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [script, "--tasks", "ctr", "rating", *shape, *where])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 0, capsys.readouterr()
+    report = evaluate_run(Run.open(tmp_path / "runs" / "stars"), "test", report=quiet)["test"]
+    assert {"auc", "accuracy"} < set(report["ctr"]) and {"mse", "rmse", "mae"} < set(report["rating"])
+    assert report["rating"]["rmse"] ** 2 == pytest.approx(report["rating"]["mse"]) and 0.5 < report["rating"]["mae"] < 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -269,6 +334,7 @@ def test_train_script_end_to_end(tiny_run_template, tmp_path):
         (["--resume", "nowhere", "--epochs", "50"], "leave the other settings out"),
         (["--config", "nowhere.json"], "--config needs a JSON file"),
         (["--dropout_rate", "1"], "in [0, 1)"),
+        (["--model", "mmoe", "--task_experts", "0:5", "2:9"], "written as 0-5 or 0,2,4-6. Received: '0:5'"),
     ],
 )
 def test_train_script_refuses_bad_arguments(tmp_path, options, message):

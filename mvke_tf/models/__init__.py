@@ -28,6 +28,8 @@ READERS = {
     "num_virtual_kernels": ("mvke",),
     "num_experts": ("mmoe", "cgc", "ple"),
     "num_levels": ("ple",),
+    "task_kernels": ("mvke",),
+    "task_experts": ("mmoe", "cgc"),
     "shared_experts": ("mvke",),
     "gate_top_k": MIXTURES,
     "balance_coefficient": MIXTURES,
@@ -65,4 +67,4 @@ def build_model(name: str, schema: Schema, config: ModelConfig | None = None) ->
         ValueError: If there is no such model.
     """
     check_model(name, len(schema.tasks))
-    return MODELS[name](schema, config or ModelConfig(name=name))
+    return MODELS[name](schema, config)

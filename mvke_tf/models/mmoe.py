@@ -64,7 +64,7 @@ def mixture(
     Raises:
         ValueError: If there are fewer experts than `top_k`.
     """
-    check_top_k(top_k, len(experts))
+    check_top_k(top_k, len(experts), gate)
     mix = MixExperts(experts, name=name)
     if len(experts) == 1:
         return mix(outputs)
@@ -89,7 +89,7 @@ def _one_level(user_fields: Any, tasks: Sequence[Task], config: ModelConfig, see
         task.name: mixture(
             flat,
             outputs,
-            task.experts or default,
+            default if task.experts is None else task.experts,
             f"gate_{task.name}",
             USER_VECTOR.format(task=task.name),
             **gate_settings(config),
@@ -175,14 +175,14 @@ def ple_towers(
 
 def build_mmoe_two_tower(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
     """MMoE, `{feature: tensor} -> {task: logit (B, 1)}`; a task without `experts` sees all."""
-    return build_two_tower(schema, config or ModelConfig(name="mmoe"), mmoe_towers)
+    return build_two_tower(schema, config, mmoe_towers, "mmoe")
 
 
 def build_cgc(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
     """CGC, `{feature: tensor} -> {task: logit (B, 1)}`; a task without `experts` sees those of `cgc_experts`."""
-    return build_two_tower(schema, config or ModelConfig(name="cgc"), cgc_towers)
+    return build_two_tower(schema, config, cgc_towers, "cgc")
 
 
 def build_ple(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
     """PLE, `{feature: tensor} -> {task: logit (B, 1)}`."""
-    return build_two_tower(schema, config or ModelConfig(name="ple"), ple_towers)
+    return build_two_tower(schema, config, ple_towers, "ple")

@@ -59,9 +59,10 @@ def mvke_towers(
     user_vectors, item_vectors = {}, {}
     for task, default in zip(tasks, default_kernels(len(tasks), num_kernels), strict=True):
         tag = tags[task.name]
-        gate = VirtualKernelGate(
-            task.kernels or default, config.gate_top_k, config.balance_coefficient, name=f"gate_{task.name}"
-        )(tag, kernels)
+        seen = default if task.kernels is None else task.kernels
+        gate = VirtualKernelGate(seen, config.gate_top_k, config.balance_coefficient, name=f"gate_{task.name}")(
+            tag, kernels
+        )
         scaled = keras.layers.Multiply(name=f"gated_tag_{task.name}")(
             [
                 keras.layers.Reshape((-1, 1), name=f"gate_column_{task.name}")(gate),
@@ -69,7 +70,7 @@ def mvke_towers(
             ]
         )
         item_vectors[task.name] = keras.layers.Flatten(name=f"item_vector_{task.name}")(scaled)
-        user_vectors[task.name] = SelectExperts(task.kernels or default, name=f"user_vector_{task.name}")(experts)
+        user_vectors[task.name] = SelectExperts(seen, name=f"user_vector_{task.name}")(experts)
     return user_vectors, item_vectors
 
 
@@ -90,7 +91,7 @@ def build_mvke(schema: Schema, config: ModelConfig | None = None) -> keras.Model
     >>> sorted(model(dict(user_id=np.array([1]), item_id=np.array([2]))))
     ['ctr', 'cvr']
     """
-    return build_two_tower(schema, config or ModelConfig(name="mvke"), mvke_towers)
+    return build_two_tower(schema, config, mvke_towers, "mvke")
 
 
 def field_attention_model(model: keras.Model) -> keras.Model:

@@ -56,14 +56,14 @@ def hard_sharing_towers(
 
 def build_shared_bottom(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
     """Shared bottom, `{feature: tensor} -> {task: logit (B, 1)}`."""
-    return build_two_tower(schema, config or ModelConfig(name="shared_bottom"), shared_bottom_towers)
+    return build_two_tower(schema, config, shared_bottom_towers, "shared_bottom")
 
 
 def build_hard_sharing(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
     """Hard sharing, `{feature: tensor} -> {task: logit (B, 1)}`."""
-    return build_two_tower(schema, config or ModelConfig(name="hard_sharing"), hard_sharing_towers)
+    return build_two_tower(schema, config, hard_sharing_towers, "hard_sharing")
 
 
 def build_single_task(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
     """A model of one task, with one MLP per side, `{feature: tensor} -> {task: logit (B, 1)}`."""
-    return build_two_tower(schema, config or ModelConfig(name="single_task"), hard_sharing_towers)
+    return build_two_tower(schema, config, hard_sharing_towers, "single_task")

@@ -7,13 +7,14 @@ event before it; with a regression task, the value less a constant.)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from mvke_tf.config import ModelConfig
+from mvke_tf.config import ModelConfig, index_range
 from mvke_tf.layers import (
     Experts,
     FieldEmbedding,
@@ -151,19 +152,34 @@ def _through_heads(
     return outputs
 
 
-def build_two_tower(schema: Schema, config: ModelConfig, towers: Towers) -> keras.Model:
+def build_two_tower(schema: Schema, config: ModelConfig | None, towers: Towers, name: str) -> keras.Model:
     """A functional model `{feature: tensor} -> {task: logit (B, 1)}` from a function that builds its two towers.
 
     Args:
         schema: Features and tasks.
-        config: Shape of the model.
+        config: Shape of the model; the default shape if None.
         towers: From user fields `(B, F, D)`, item fields `(B, F', D)`, tasks and config to two dictionaries of
             vectors `{task: (B, W_task)}`, the outputs of layers named `user_vector_<task>` and `item_vector_<task>`.
+        name: Name of the model.
     """
+    config = dataclasses.replace(config or ModelConfig(), name=name)
     inputs = feature_inputs(schema.features)
     fields = embed_fields(schema, config, inputs)
-    user_vectors, item_vectors = towers(fields["user"], fields["item"], schema.tasks, config)
-    return keras.Model(inputs, score(user_vectors, item_vectors, schema.tasks), name=config.name)
+    tasks = with_ranges(schema.tasks, config)
+    user_vectors, item_vectors = towers(fields["user"], fields["item"], tasks, config)
+    return keras.Model(inputs, score(user_vectors, item_vectors, tasks), name=name)
+
+
+def with_ranges(tasks: Sequence[Task], config: ModelConfig) -> tuple[Task, ...]:
+    """The tasks with the kernels and experts that the settings state for them; those of others stay as they are."""
+    kernels = dict(zip(config.tasks, map(index_range, config.task_kernels), strict=False))
+    experts = dict(zip(config.tasks, map(index_range, config.task_experts), strict=False))
+    return tuple(
+        dataclasses.replace(
+            task, kernels=kernels.get(task.name, task.kernels), experts=experts.get(task.name, task.experts)
+        )
+        for task in tasks
+    )
 
 
 def task_names(model: keras.Model) -> list[str]:

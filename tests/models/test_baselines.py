@@ -12,7 +12,7 @@ from mvke_tf.config import MODEL_NAMES, ModelConfig
 from mvke_tf.layers import Experts
 from mvke_tf.models import MODELS, READERS, build_model, unread_settings
 from mvke_tf.models.mmoe import cgc_experts
-from mvke_tf.models.two_tower import gate_model, tower
+from mvke_tf.models.two_tower import gate_model, mixed_experts, tower
 from mvke_tf.schema import Task
 from tests.layer_checks import assert_close
 from tests.models.problems import (
@@ -189,6 +189,29 @@ def test_an_expert_that_does_not_exist():
         build("mmoe", SCHEMA.with_tasks([Task("ctr", experts=(0, 5))]))
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "gates"),
+    [
+        ("mmoe", {"task_experts": ("0-2", "2,4")}, {"ctr": (0, 1, 2), "cvr": (2, 4)}),
+        ("cgc", {"task_experts": ("0-2", "2,4")}, {"ctr": (0, 1, 2), "cvr": (2, 4)}),
+        ("mvke", {"task_kernels": ("0", "0-1")}, {"ctr": (0,), "cvr": (0, 1)}),
+    ],
+)
+def test_settings_state_the_ranges_of_the_tasks(name, setting, gates):
+    model = build_model(name, SCHEMA, dataclasses.replace(CONFIG, **setting))
+    mixing = {task: model.get_layer(f"user_vector_{task}") for task in gates}
+    assert {task: mixed_experts(layer, 0) for task, layer in mixing.items()} == gates
+    # The tasks of a schema of one's own keep what they state themselves.
+    stated = build_model(name, SCHEMA.with_tasks([Task("other", experts=(1,), kernels=(1,))]), CONFIG)
+    assert mixed_experts(stated.get_layer("user_vector_other"), 0) == (1,)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_has_its_name_whatever_the_settings_say(name):
+    schema = SCHEMA.with_tasks([Task("ctr")])
+    assert build_model(name, schema, dataclasses.replace(CONFIG, name="mvke")).name == name
+
+
 def test_the_names_of_command_lines_are_the_models():
     assert set(MODEL_NAMES) == set(MODELS)
 
@@ -208,15 +231,18 @@ def test_settings_that_a_model_does_not_read():
 @pytest.mark.parametrize("name", ["mvke", "mmoe", "single_task"])
 def test_the_readers_of_a_setting_are_those_whose_graph_it_changes(name):
     """Compared by the configuration of all layers, which holds the shapes and first scales of all weights."""
+    tasks = [Task("ctr")] if name == "single_task" else [Task("ctr"), Task("cvr")]
     changes = {
         **{"num_virtual_kernels": 4, "num_experts": 7, "num_levels": 3, "shared_experts": True, "gate_top_k": 1},
         **{"balance_coefficient": 0.5, "kernel_stddev": 0.7, "attention_stddev": 0.7},
+        **{"task_kernels": ("0-1",) * len(tasks), "task_experts": ("0-1",) * len(tasks)},
     }
-    tasks = [Task("ctr")] if name == "single_task" else [Task("ctr"), Task("cvr")]
+
+    config = dataclasses.replace(CONFIG, name=name, tasks=tuple(task.name for task in tasks))
 
     def graph(**settings):
         keras.backend.clear_session()
-        model = build_model(name, SCHEMA.with_tasks(tasks), dataclasses.replace(CONFIG, name=name, **settings))
+        model = build_model(name, SCHEMA.with_tasks(tasks), dataclasses.replace(config, **settings))
         return json.dumps(model.get_config(), sort_keys=True, default=str)
 
     plain = graph()
