@@ -15,9 +15,10 @@ from scipy import stats
 import mvke_tf.comparison
 from mvke_tf.comparison import Comparison
 from mvke_tf.comparison_tables import comparison_figure, markdown, own_settings, summary
-from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from mvke_tf.config import MODEL_NAMES, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from mvke_tf.data.prepared import prepare, prepared_path
 from mvke_tf.finished_runs import finished_run
+from mvke_tf.models import unread_settings
 from mvke_tf.run import Run, RunError
 from tests.conftest import REPOSITORY, random_movielens
 
@@ -304,3 +305,12 @@ def test_the_script(interrupted, monkeypatch, capsys):
     assert status == 2 and "--configs has settings of ['mmoe'], which --models does not name." in error
     status, _, error = call("--configs", "mmoe=nowhere")
     assert status == 2 and "expected MODEL=FILE" in error
+
+
+def test_the_settings_of_the_readme_are_one_comparison(tmp_path):
+    """The outcomes of the searches: one file per model, all with one budget."""
+    files = sorted(REPOSITORY.glob("configs/*.json"))
+    configs = {path.stem: RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in files}
+    assert set(configs) == set(MODEL_NAMES)
+    assert all(config.model.name == name and not unread_settings(config.model) for name, config in configs.items())
+    assert Comparison(tmp_path, configs, 5).tasks == ("ctr", "cvr")
