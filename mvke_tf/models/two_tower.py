@@ -152,7 +152,7 @@ def _through_heads(
     return outputs
 
 
-def build_two_tower(schema: Schema, config: ModelConfig | None, towers: Towers, name: str) -> keras.Model:
+def build_two_tower(schema: Schema, config: ModelConfig | None, towers: Towers, name: str = "two_tower") -> keras.Model:
     """A functional model `{feature: tensor} -> {task: logit (B, 1)}` from a function that builds its two towers.
 
     Args:
