@@ -16,9 +16,11 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import tensorflow as tf
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from mvke_tf.data.dataset import without_autotuning
 from mvke_tf.data.synthetic import TwoTaskRegression, two_task_regression
 from mvke_tf.figures import line_styles, save_figure
 from mvke_tf.files import write_json, written_whole
@@ -134,7 +136,8 @@ def train_cell(model: str, correlation: float, seed: int, data: TwoTaskRegressio
     rows = config.steps * config.batch_size
     test = _TestLoss(data.features[rows:], data.labels[rows:])
     labels = {"task_0": data.labels[:rows, :1], "task_1": data.labels[:rows, 1:]}
-    built.fit(data.features[:rows], labels, batch_size=config.batch_size, shuffle=False, verbose=0, callbacks=[test])
+    batches = tf.data.Dataset.from_tensor_slices((data.features[:rows], labels)).batch(config.batch_size)
+    built.fit(without_autotuning(batches), shuffle=False, verbose=0, callbacks=[test])
     if not np.isfinite(test.losses).all():
         raise ValueError(
             f"The test loss of {model} at correlation {correlation}, seed {seed}, must be finite; try a lower learning "

@@ -12,6 +12,7 @@ import tensorflow as tf
 from mvke_tf.schema import ITEM_ROWS, USER_ROWS, Task
 
 Table = dict[str, np.ndarray]
+PARALLEL_CALLS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,17 @@ class PairData:
         return -(-len(self) // batch_size)
 
 
+def without_autotuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """The same pipeline, which ends when its data do.
+
+    The autotuner sleeps between two looks at a pipeline, twice as long each time, up to 41 s. Whoever drops an
+    iterator, as `fit` does after every epoch, waits until it wakes up.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
+
+
 class Batches:
     """Makes the `tf.data` pipelines of one `PairData`.
 
@@ -122,18 +134,17 @@ class Batches:
 
     def in_order(self) -> tf.data.Dataset:
         """One epoch in the order of the pairs, of known cardinality."""
-        return self._epoch(tf.range(len(self.data), dtype=tf.int32)).prefetch(tf.data.AUTOTUNE)
+        return self._epoch(tf.range(len(self.data), dtype=tf.int32))
 
     def shuffled(self, seed: int) -> tf.data.Dataset:
         """One epoch in a new seeded order each time it is iterated, of known cardinality: for `model.fit` by hand."""
         seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
         epoch = seeds.flat_map(lambda value: self._epoch(self._order(tf.stack([tf.cast(seed, tf.int64), value]))))
-        return epoch.apply(tf.data.experimental.assert_cardinality(self.steps)).prefetch(tf.data.AUTOTUNE)
+        return without_autotuning(epoch.apply(tf.data.experimental.assert_cardinality(self.steps)))
 
     def epoch(self, seed: int, number: int) -> tf.data.Dataset:
         """One epoch whose order depends on the seed and its number alone: what resuming needs."""
-        order = self._order(tf.constant([seed, number], tf.int64))
-        return self._epoch(order).prefetch(tf.data.AUTOTUNE)
+        return self._epoch(self._order(tf.constant([seed, number], tf.int64)))
 
     def _order(self, seed: tf.Tensor) -> tf.Tensor:
         """A permutation of the pairs; with `distinct`, of the user states, whose pairs stay together."""
@@ -160,9 +171,10 @@ class Batches:
             by_task = (self._labels, self._weights) if self._weights else (self._labels,)
             return inputs, *({task: tf.gather(column, rows) for task, column in columns.items()} for columns in by_task)
 
-        return tf.data.Dataset.range(self.steps, output_type=tf.int32).map(
-            batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+        batches = tf.data.Dataset.range(self.steps, output_type=tf.int32).map(
+            batch, num_parallel_calls=PARALLEL_CALLS, deterministic=True
         )
+        return without_autotuning(batches.prefetch(PARALLEL_CALLS))
 
 
 def _pad_rows(rows: tf.Tensor, multiple: int) -> tf.Tensor:

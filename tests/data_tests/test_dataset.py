@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from mvke_tf.data.dataset import Batches, PairData
 from mvke_tf.schema import Task
+from tests.conftest import REPOSITORY
 
 PAIRS, STATES, ITEMS, BATCH = 103, 31, 17, 10
 STEPS = 11
@@ -55,6 +56,20 @@ def check_batches(data: PairData, batches: list[tuple[dict, dict]]) -> None:
         assert labels["ctr"].shape == (len(pairs), 1)
         assert labels["ctr"].dtype == np.float32
         assert labels["ctr"][:, 0].tolist() == [data.labels["ctr"][pair] for pair in pairs]
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_pipelines_end_with_their_data(data, distinct):
+    """An autotuner would sleep on for up to 41 s, and `fit` wait for it."""
+    batches = Batches(data, BATCH, distinct)
+    for dataset in (batches.in_order(), batches.shuffled(1), batches.epoch(0, 0), batches.in_order().map(lambda *x: x)):
+        assert dataset.options().autotune.enabled is False
+
+
+def test_the_package_makes_no_autotuned_pipeline():
+    for folder in ("mvke_tf", "benchmarks", "scripts"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            assert "AUTOTUNE" not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.parametrize("distinct", [False, True])
