@@ -32,6 +32,32 @@ def test_regression_head_by_hand():
     assert_close(head.from_product(np.array([[1.0, -1.0]])), [[1.5, -0.5]])
 
 
+def test_predictions_of_the_heads():
+    outputs = np.array([[0.0], [np.log(3.0)]], "float32")
+    for head in (RowDot(), JointLogit("click")):
+        assert head.kind == "binary"
+        assert_close(head.prediction(outputs), [[0.5], [0.75]])
+    assert RegressionHead().kind == "regression"
+    assert_close(RegressionHead(2.0).prediction(outputs), outputs)
+
+
+def test_a_transformed_regression_by_hand(tmp_path):
+    """Training compares with log(1 + label); a prediction is in the unit of the label."""
+    head = RegressionHead(offset=np.log(2.0), transform="log1p")
+    check_layer(head, [VECTORS, VECTORS[::-1].copy()], {}, tmp_path)
+    output = head(np.array([[np.log(2.0)]]), np.array([[1.0]]))
+    assert_close(output, [[np.log(4.0)]])
+    assert_close(head.prediction(output), [[3.0]])
+    with pytest.raises(ValueError, match=r"None or one of \('log1p',\). Received: 'sqrt'"):
+        RegressionHead(transform="sqrt")
+
+
+def test_joint_logit_keeps_its_objective():
+    assert JointLogit("click", "conditional").get_config()["objective"] == "conditional"
+    with pytest.raises(ValueError, match=r"'joint' or 'conditional'. Received: 'marginal'"):
+        JointLogit("click", "marginal")
+
+
 def test_joint_logit_layer(tmp_path):
     check_layer(JointLogit("click"), [VECTORS[:, :1].copy(), VECTORS[:, 1:2].copy()], {}, tmp_path)
 

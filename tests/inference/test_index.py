@@ -3,8 +3,9 @@ import builtins
 import numpy as np
 import pytest
 
-from mvke_tf.exact import best_products
-from mvke_tf.vector_index import INDEX_KINDS, IndexConfig, VectorIndex, recall
+from mvke_tf.errors import ConfigError, DataError, MissingExtraError
+from mvke_tf.inference.index import INDEX_KINDS, IndexConfig, VectorIndex, recall
+from mvke_tf.inference.topk import best_products
 
 RANDOM = np.random.default_rng(0)
 # Vectors in clusters and of very different lengths, as those of items are.
@@ -83,7 +84,7 @@ def test_recall():
     ],
 )
 def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         IndexConfig(**settings)
 
 
@@ -102,11 +103,11 @@ def test_bad_arguments():
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"index"])
 def test_a_damaged_file_says_what_to_do(tmp_path, damage):
     path = tmp_path / "index.npz"
-    with pytest.raises(ValueError, match=r"There is no index at .*index.npz"):
+    with pytest.raises(DataError, match=r"There is no index at .*index.npz"):
         VectorIndex.load(path)
     VectorIndex.build(ITEMS, IndexConfig("flat")).save(path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="Delete it and build it again"):
+    with pytest.raises(DataError, match="Delete it and build it again"):
         VectorIndex.load(path)
 
 
@@ -119,5 +120,5 @@ def test_without_faiss_the_error_says_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ValueError, match=r"pip install '\.\[faiss\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[faiss\]'"):
         VectorIndex.build(ITEMS)

@@ -7,80 +7,19 @@ scored at a time: a product of another shape may differ in the last bit, and wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
-from mvke_tf.models.two_tower import conditional_tasks, cut, outputs_of_products, task_names
-
-Vectors = dict[str, np.ndarray]
+from mvke_tf.inference.vectors import Vectors, filled, slices
+from mvke_tf.models import TwoTowerModel
 
 TILE_USERS = 256
 TILE_ITEMS = 4096
 # Tiles of small catalogues are a multiple of this, so that products have no ragged edge.
 _STEP = 64
-
-
-def slices(count: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most `size` that cover `range(count)`."""
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def filled(array: np.ndarray, rows: int) -> np.ndarray:
-    """The array with its first axis filled up to `rows` by zeros."""
-    if len(array) == rows:
-        return array
-    return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
-
-
-def model_of_tasks(model: keras.Model, tasks: Sequence[str]) -> keras.Model:
-    """The part of a two-tower model that some tasks need, tasks of earlier events included.
-
-    Raises:
-        ValueError: If the model has no such task, or none is named.
-    """
-    known = task_names(model)
-    unknown = [task for task in tasks if task not in known]
-    if unknown or not tasks:
-        raise ValueError(f"Expected tasks of the model {model.name!r}, which are {known}. Received: {list(tasks)}")
-    given = conditional_tasks(model)
-    needed = set(tasks)
-    for task in reversed(known):
-        if task in needed and task in given:
-            needed.add(given[task])
-    return cut(model, {task: model.output[task] for task in known if task in needed}, name=model.name)
-
-
-def vectors_of(tower: keras.Model, table: Mapping[str, Any]) -> Vectors:
-    """The vectors of all rows of an encoded table, `{task: (n, W_task)}` float32, in steps of `TILE_USERS` rows.
-
-    Raises:
-        ValueError: If a column is missing, or a vector is NaN or infinite.
-    """
-    missing = sorted(set(tower.input) - set(table))
-    if missing:
-        raise ValueError(
-            f"The {tower.name} reads {sorted(tower.input)}. Expected these columns, encoded. Missing: {missing}. "
-            f"Received: {sorted(table)}"
-        )
-    columns = {name: np.asarray(table[name]) for name in tower.input}
-    count = len(next(iter(columns.values())))
-    vectors = {task: np.empty((count, symbol.shape[-1]), np.float32) for task, symbol in tower.output.items()}
-    for rows in slices(count, TILE_USERS):
-        batch = {name: filled(column[rows], TILE_USERS) for name, column in columns.items()}
-        for task, values in tower.predict_on_batch(batch).items():
-            vectors[task][rows] = values[: rows.stop - rows.start]
-    for task, values in vectors.items():
-        # A sum is NaN or infinite as soon as one term is, and needs no table of flags.
-        if not np.isfinite(values.sum(dtype=np.float64)):
-            raise ValueError(
-                f"Expected finite vectors of task {task!r} from the {tower.name}. Received: NaN or infinite ones; the "
-                "weights are damaged, train anew with a lower learning rate."
-            )
-    return vectors
 
 
 class ItemTiles:
@@ -117,10 +56,10 @@ class ItemTiles:
                 },
             )
 
-    def outputs(self, model: keras.Model, users: Vectors) -> Iterator[tuple[slice, dict[str, Any]]]:
+    def outputs(self, model: TwoTowerModel, users: Vectors) -> Iterator[tuple[slice, dict[str, Any]]]:
         """The same as `products`, with the outputs of a model instead of the inner products."""
         for rows, products in self.products(users):
-            yield rows, outputs_of_products(model, products)
+            yield rows, model.outputs_of_products(products)
 
 
 class Best:
@@ -161,7 +100,7 @@ class Best:
 
 
 def best_products(users: np.ndarray, items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k items of each user whose vectors have the largest inner product with his, exactly.
+    """The k items of each user whose vectors have the largest inner product with theirs, exactly.
 
     Args:
         users: `(N, W)`.
@@ -179,4 +118,5 @@ def best_products(users: np.ndarray, items: np.ndarray, k: int) -> tuple[np.ndar
             covered = columns.stop - columns.start
             best.add(products[""][:, :covered], np.arange(columns.start, columns.stop))
         results.append(best.result(rows.stop - rows.start))
-    return tuple(np.concatenate(parts) for parts in zip(*results, strict=True))
+    best_values, best_rows = zip(*results, strict=True)
+    return np.concatenate(best_values), np.concatenate(best_rows)

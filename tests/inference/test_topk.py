@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from keras import ops
 
-from mvke_tf import exact
-from mvke_tf.exact import Best, ItemTiles, best_products, filled, model_of_tasks, slices, vectors_of
+from mvke_tf.inference import topk
+from mvke_tf.inference.topk import Best, ItemTiles, best_products
+from mvke_tf.inference.vectors import vectors_of
 from mvke_tf.models import build_model
-from mvke_tf.models.two_tower import conditional_tasks, task_names, tower
 from mvke_tf.schema import Task
 from tests.layer_checks import assert_close
 from tests.models.problems import CONFIG, SCHEMA, entities, numpy_outputs, randomize
@@ -21,24 +21,14 @@ def model() -> keras.Model:
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(exact, "TILE_USERS", 4)
-    monkeypatch.setattr(exact, "TILE_ITEMS", 8)
-    monkeypatch.setattr(exact, "_STEP", 8)
+    monkeypatch.setattr(topk, "TILE_USERS", 4)
+    monkeypatch.setattr(topk, "TILE_ITEMS", 8)
+    monkeypatch.setattr(topk, "_STEP", 8)
 
 
 def integers(count: int, seed: int) -> np.ndarray:
     """Vectors whose products are exact, with many ties."""
     return np.random.default_rng(seed).integers(-2, 3, (count, 3)).astype("float32")
-
-
-def test_slices_cover_everything_once():
-    assert [list(range(7))[rows] for rows in slices(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [(rows.start, rows.stop) for rows in slices(4, 4)] == [(0, 4)] and list(slices(0, 4)) == []
-
-
-def test_filled():
-    assert filled(np.array([[1, 2]]), 3).tolist() == [[1, 2], [0, 0], [0, 0]]
-    assert filled(np.array([1.5]), 1).tolist() == [1.5]
 
 
 @pytest.mark.parametrize("k", [1, 5, 9, 29, 40])
@@ -75,9 +65,9 @@ def test_no_item_is_an_error():
 
 def test_outputs_of_all_tiles_are_those_of_the_model(small_tiles, model):
     users, items = entities("user", 3), entities("item", 19, seed=5)
-    vectors = vectors_of(tower(model, "user"), users)
-    tiles = ItemTiles(vectors_of(tower(model, "item"), items))
-    whole = {task: np.zeros((3, 19), "float32") for task in task_names(model)}
+    vectors = vectors_of(model.user_tower, users)
+    tiles = ItemTiles(vectors_of(model.item_tower, items))
+    whole = {task: np.zeros((3, 19), "float32") for task in model.task_names}
     covered = []
     for rows, outputs in tiles.outputs(model, vectors):
         covered += range(rows.start, rows.stop)
@@ -90,41 +80,3 @@ def test_outputs_of_all_tiles_are_those_of_the_model(small_tiles, model):
     pairs |= {name: column[item] for name, column in items.items()}
     for task, output in numpy_outputs(model, pairs).items():
         assert_close(whole[task].reshape(-1), output[:, 0])
-
-
-def test_vectors_in_steps(small_tiles, model):
-    user = tower(model, "user")
-    users = entities("user", 10)
-    vectors = vectors_of(user, users | {"of no interest": np.zeros(10)})
-    for task, expected in numpy_outputs(user, users).items():
-        assert vectors[task].dtype == np.float32
-        assert_close(vectors[task], expected)
-
-
-def test_missing_columns_are_named(model):
-    with pytest.raises(ValueError, match=r"user_tower reads .* Missing: \['history_weights'\]"):
-        vectors_of(tower(model, "user"), {n: c for n, c in entities("user", 2).items() if n != "history_weights"})
-
-
-def test_damaged_weights_are_an_error(model):
-    damaged = keras.models.clone_model(model)
-    damaged.set_weights([np.full_like(weight, np.nan) for weight in damaged.get_weights()])
-    with pytest.raises(ValueError, match="finite vectors of task 'ctr' from the item_tower"):
-        vectors_of(tower(damaged, "item"), entities("item", 2))
-
-
-@pytest.mark.parametrize(
-    ("tasks", "expected"),
-    [(["cvr"], ["ctr", "cvr"]), (["ctr"], ["ctr"]), (["rating"], ["rating"]), (["rating", "ctr"], ["ctr", "rating"])],
-)
-def test_a_part_of_the_tasks(model, tasks, expected):
-    part = model_of_tasks(model, tasks)
-    assert task_names(part) == expected
-    assert conditional_tasks(part) == ({"cvr": "ctr"} if "cvr" in tasks else {})
-    assert set(tower(part, "item").output) == set(expected)
-
-
-@pytest.mark.parametrize("tasks", [["click"], []])
-def test_unknown_tasks_are_an_error(model, tasks):
-    with pytest.raises(ValueError, match=r"which are \['ctr', 'cvr', 'rating'\]. Received: "):
-        model_of_tasks(model, tasks)

@@ -15,7 +15,7 @@ from keras import ops
 
 from tests.layer_checks import assert_close, loss_and_gradients
 
-DEFAULT_FOLDER = Path(__file__).parent / "data"
+DEFAULT_FOLDER = Path(__file__).parent
 FOLDER = Path(os.environ.get("MVKE_GOLDEN_DIR", DEFAULT_FOLDER))
 
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from mvke_tf.files import DAMAGED, read_arrays, written_whole
+from mvke_tf.errors import ConfigError, DataError, MissingExtraError
+from mvke_tf.io import CORRUPT_FILE_ERRORS, atomic_write, read_arrays
 
 INDEX_KINDS = ("flat", "hnsw", "ivf")
 FORMAT = 1
@@ -48,10 +49,10 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in INDEX_KINDS:
-            raise ValueError(f"`kind` of an index must be one of {INDEX_KINDS}. Received: {self.kind!r}")
+            raise ConfigError(f"`kind` of an index must be one of {INDEX_KINDS}. Received: {self.kind!r}")
         for name, least in (("links", 2), ("construction_effort", 1), ("cells", 0), ("threads", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"`{name}` of an index must be at least {least}. Received: {getattr(self, name)}")
+                raise ConfigError(f"`{name}` of an index must be at least {least}. Received: {getattr(self, name)}")
 
 
 class VectorIndex:
@@ -68,7 +69,8 @@ class VectorIndex:
         """Indexes the rows of `vectors` `(M, W)`.
 
         Raises:
-            ValueError: If there are no vectors, or FAISS is not installed.
+            ValueError: If there are no vectors.
+            MissingExtraError: If FAISS is not installed.
         """
         faiss = _faiss()
         config = config or IndexConfig()
@@ -130,14 +132,14 @@ class VectorIndex:
         return np.take_along_axis(products, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
     def save(self, path: Path) -> None:
-        """Writes one file, whole or not at all; `load` reads it."""
+        """Writes one file, atomically; `load` reads it."""
         meta = {
             "format": FORMAT,
             "config": dataclasses.asdict(self.config),
             "digest": self._digest,
             "longest": self._longest,
         }
-        with written_whole(path) as temporary, open(temporary, "wb") as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, meta=json.dumps(meta), index=_faiss().serialize_index(self._index))
 
     @classmethod
@@ -145,7 +147,8 @@ class VectorIndex:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: If the file is missing or damaged, or FAISS is not installed.
+            DataError: If the file is missing or damaged.
+            MissingExtraError: If FAISS is not installed.
         """
         faiss = _faiss()
         try:
@@ -156,9 +159,9 @@ class VectorIndex:
             index = faiss.deserialize_index(arrays["index"])
             return cls(index, IndexConfig(**meta["config"]), meta["digest"], meta["longest"])
         except FileNotFoundError:
-            raise ValueError(f"There is no index at {path}. Build it and save it there.") from None
-        except (*DAMAGED, KeyError, TypeError) as error:
-            raise ValueError(f"The index {path} cannot be used ({error}). Delete it and build it again.") from error
+            raise DataError(f"There is no index at {path}. Build it and save it there.") from None
+        except (*CORRUPT_FILE_ERRORS, KeyError, TypeError) as error:
+            raise DataError(f"The index {path} cannot be used ({error}). Delete it and build it again.") from error
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
@@ -183,7 +186,7 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise ValueError(
+        raise MissingExtraError(
             f"Vector search needs FAISS: pip install '.[faiss]' (or faiss-cpu). Received: {error}"
         ) from error
     return faiss
@@ -191,7 +194,7 @@ def _faiss() -> Any:
 
 @contextlib.contextmanager
 def _threads(faiss: Any, count: int) -> Iterator[None]:
-    """Lets FAISS use so many threads inside a block; 0 leaves it as it is."""
+    """Lets FAISS use this number of threads inside a block; 0 leaves it as it is."""
     before = faiss.omp_get_max_threads()
     if count:
         faiss.omp_set_num_threads(count)
