@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import keras
 from tensorboard.plugins.text.summary_v2 import text_pb
 
-from mvke_tf.data.dataset import PairData
+from mvke_tf.data.batches import Interactions
 from mvke_tf.data.groups import Grouping
-from mvke_tf.files import written_whole
-from mvke_tf.gate_statistics import COLLAPSED_WEIGHT, DEAD_WEIGHT
-from mvke_tf.losses import uncertainty_layer, uncertainty_weight
-from mvke_tf.models.two_tower import gated_tasks, task_kinds
-from mvke_tf.monitoring.events import EventFolder
-from mvke_tf.monitoring.gates import GateUse, GateView, gate_events, heat_map
+from mvke_tf.errors import RunError
+from mvke_tf.inference.gates import GateUse, GateView, Thresholds
+from mvke_tf.io import atomic_write
+from mvke_tf.losses import uncertainty_weight
+from mvke_tf.models import TwoTowerModel
+from mvke_tf.training.monitoring.events import EventFolder
+from mvke_tf.training.monitoring.gates import MOST_ENTITIES, gate_events, heat_map
 
-LOGGER = logging.getLogger("mvke_tf.monitoring")
+LOGGER = logging.getLogger(__name__)
+# Columns of the log that are about the training itself, and not about what the model has learned.
+OF_TRAINING = ("examples_per_second", "log_variance_")
 
 
 class Monitor(keras.callbacks.Callback):
@@ -31,33 +35,31 @@ class Monitor(keras.callbacks.Callback):
     Args:
         folder: The TensorBoard folder of one run.
         model: The two-tower model that is trained, which shares its weights with the model that `fit` is called on.
-        data: Pairs on which the gates are looked at; without them, or without gates, there is nothing about gates.
+        data: Interactions on which the gates are looked at; without them, or without gates, there is nothing about
+            gates.
         groups: Groups of items or users: one heat map per task and variable.
         images_epochs: Epochs from one heat map to the next, the first after epoch 1; 0 draws none.
         warnings_file: A text file with one line per warning, kept in step with the epochs; none by default.
-        report: Receives a line per warning; by default Python's logging, logger `mvke_tf.monitoring`.
-        collapsed_weight: See `gate_events`.
-        dead_weight: See `gate_events`.
+        thresholds: Where a gate counts as collapsed and an expert as dead.
     """
 
     def __init__(
         self,
         folder: Path,
-        model: keras.Model,
-        data: PairData | None = None,
+        model: TwoTowerModel,
+        data: Interactions | None = None,
         groups: Sequence[Grouping] = (),
         images_epochs: int = 5,
         warnings_file: Path | None = None,
-        report: Callable[[str], object] = LOGGER.warning,
-        collapsed_weight: float = COLLAPSED_WEIGHT,
-        dead_weight: float = DEAD_WEIGHT,
+        thresholds: Thresholds | None = None,
     ) -> None:
         super().__init__()
         self.folder, self.best = Path(folder), Path(folder) / "best"
-        self.images_epochs, self.warnings_file, self.report = images_epochs, warnings_file, report
-        self._kinds = task_kinds(model)
-        self._gates = GateView(model, data, groups) if data is not None and gated_tasks(model) else None
-        self._thresholds = collapsed_weight, dead_weight
+        self.images_epochs, self.warnings_file = images_epochs, warnings_file
+        self._trained, self._thresholds = model, thresholds
+        self._gates = None
+        if data is not None and model.gate_side is not None:
+            self._gates = GateView(model, data, groups, MOST_ENTITIES[model.gate_side])
         self._folders: dict[str, EventFolder] = {}
         self._known: set[tuple[str, int | None]] = set()
         self._warnings: list[str] = []
@@ -71,34 +73,56 @@ class Monitor(keras.callbacks.Callback):
         self._learning_rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
     def _start(self, epoch: int) -> None:
+        warnings = self._read_warnings(epoch)
         self._folders = {name: EventFolder(self.folder / name, epoch) for name in ("train", "validation")}
         if self.best.exists():
             # Of a training that ended earlier.
             shutil.rmtree(self.best)
-        if self.warnings_file is not None and self.warnings_file.is_file():
-            lines = self.warnings_file.read_text(encoding="utf-8").splitlines()
-            # Those of an epoch that did not finish come again.
-            self._write_warnings([line for line in lines if int(line.split(":")[0].removeprefix("epoch ")) <= epoch])
+        if warnings is not None:
+            self._write_warnings(warnings)
         if epoch and self._gates:
             # Was said before the interruption.
-            self._known = set(gate_events(self._gates.look(), *self._thresholds))
+            self._known = set(gate_events(self._gates.look(), self._thresholds))
+
+    def _read_warnings(self, epoch: int) -> list[str] | None:
+        """The lines of the epochs before; those of an epoch that did not finish come again."""
+        path = self.warnings_file
+        if path is None or not path.is_file():
+            return None
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept: list[str] = []
+        for number, line in enumerate(lines, start=1):
+            match = re.match(r"epoch (\d{1,9}): ", line)
+            if match is None:
+                raise RunError(
+                    f"{path}, line {number}, is not of a training. Expected lines such as 'epoch 3: ...'. "
+                    "Delete the file, in which nothing is that resuming needs, and resume again."
+                )
+            if int(match[1]) <= epoch:
+                kept.append(line)
+        return kept
 
     def _write_warnings(self, lines: list[str]) -> None:
         self._warnings = lines
         if self.warnings_file is not None:
-            with written_whole(self.warnings_file) as temporary:
+            with atomic_write(self.warnings_file) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def on_epoch_end(self, epoch, logs=None):
-        train = {f"epoch_{name}": value for name, value in logs.items() if not name.startswith("val_")}
-        train["epoch_learning_rate"] = self._learning_rate
-        uncertainty = uncertainty_layer(self.model)
-        if uncertainty is not None:
-            for task, value in uncertainty.by_task().items():
-                train[f"epoch_log_variance_{task}"] = float(value)
-                train[f"epoch_loss_weight_{task}"] = float(uncertainty_weight(value, self._kinds[task]))
+        train: dict[str, float] = {}
+        validation: dict[str, float] = {}
+        for name, value in logs.items():
+            if name.startswith("val_"):
+                validation[f"epoch_{name[4:]}"] = value
+            else:
+                train[f"training/{name}" if name.startswith(OF_TRAINING) else f"epoch_{name}"] = value
+        train["training/learning_rate"] = self._learning_rate
+        log_variances = self._trained.log_variances
+        if log_variances is not None:
+            for task, value in log_variances.by_task().items():
+                weight = uncertainty_weight(value, self._trained.kinds[task])
+                train[f"training/loss_weight_{task}"] = float(weight)
         self._folders["train"].scalars(train, epoch)
-        validation = {f"epoch_{name[4:]}": value for name, value in logs.items() if name.startswith("val_")}
         self._folders["validation"].scalars(validation, epoch)
         if self._gates:
             self._write_gates(self._gates, epoch)
@@ -112,7 +136,7 @@ class Monitor(keras.callbacks.Callback):
             folder.scalars({f"gate_{task}/{name}": value for name, value in use.scalars().items()}, epoch)
         if self.images_epochs and epoch % self.images_epochs == 0:
             self._write_images(gates, uses, epoch)
-        events = gate_events(uses, *self._thresholds)
+        events = gate_events(uses, self._thresholds)
         new = [text for key, text in events.items() if key not in self._known]
         self._known = set(events)
         if not new:
@@ -120,12 +144,12 @@ class Monitor(keras.callbacks.Callback):
         folder.add(text_pb("gates/warnings", "\n\n".join(f"After epoch {epoch + 1}, {text}" for text in new)), epoch)
         self._write_warnings([*self._warnings, *(f"epoch {epoch + 1}: {text}" for text in new)])
         for text in new:
-            self.report(f"Warning: after epoch {epoch + 1}, {text}")
+            LOGGER.warning("After epoch %d, %s", epoch + 1, text)
 
     def _write_images(self, gates: GateView, uses: Mapping[str, GateUse], epoch: int) -> None:
         for task, use in uses.items():
             for group in gates.groups:
-                png = heat_map(task, use, group, *gates.by_group(use, group.variable), epoch)
+                png = heat_map(use, group, *gates.by_group(use, group.variable), epoch)
                 self._folders["validation"].image(f"gate_{task}/by_{group.variable}", png, epoch)
 
     def close(self) -> None:

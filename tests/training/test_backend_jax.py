@@ -32,4 +32,4 @@ def test_golden_numbers_under_jax(tmp_path):
 
 
 def test_layers_models_and_training_under_jax(tmp_path):
-    passes_under_jax(tmp_path, "tests/layers", "tests/models", "tests/test_losses.py", "tests/jax_training.py")
+    passes_under_jax(tmp_path, "tests/layers", "tests/models", "tests/test_losses.py", "tests/training/jax_training.py")
