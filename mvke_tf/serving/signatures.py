@@ -1,4 +1,4 @@
-"""What a signature takes and gives: its ports, their description in words, and checks of what comes in."""
+"""What a signature of a SavedModel takes and gives: named tensors, their description in words, and checks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,24 @@ from typing import Any
 
 import tensorflow as tf
 
-from mvke_tf.data.features import RAW_DTYPES, Encoder, RawFeature
+from mvke_tf.data.encoder import EncodedFeature, Encoder
 from mvke_tf.schema import WEIGHTS_SUFFIX
 
-_UNKNOWN = {"number": "NaN means unknown", "integer": "an unseen value is legal", "string": "an unseen value is legal"}
+_UNKNOWN = {
+    "string": "an unseen value is legal; '' means unknown",
+    "integer": "an unseen value is legal",
+    "number": "NaN means unknown",
+    "vector": "a NaN in it means unknown",
+}
+_KEPT = {
+    "first": "the first {length} count",
+    "last": "the last {length} count",
+    "heaviest": "the {length} of the largest weights count",
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Port:
+class TensorField:
     """One named tensor that goes into a signature or comes out of it.
 
     Args:
@@ -33,68 +43,76 @@ class Port:
         return tf.TensorSpec([None if size == -1 else size for size in self.shape], self.dtype, name)
 
 
+Fields = dict[str, TensorField]
+
+
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """One door of a SavedModel.
+    """One function of a SavedModel.
 
     Args:
         description: What it answers.
         inputs: Its named inputs.
         outputs: Its named outputs.
         function: From inputs, as keyword arguments, to a dictionary of outputs.
+        cost: What a request takes, for servers that bound it: `per_row` (numbers per row), `per_value` (numbers per
+            value of an input, by its name), `answer_per_row` (the `input` that says how many values each row of the
+            answer has, and the `most` there are).
     """
 
     description: str
-    inputs: dict[str, Port]
-    outputs: dict[str, Port]
+    inputs: Fields
+    outputs: Fields
     function: Callable[..., dict[str, tf.Tensor]]
+    cost: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def concrete(self) -> Any:
         """The traced function."""
-        specs = {name: port.spec(name) for name, port in self.inputs.items()}
+        specs = {name: field.spec(name) for name, field in self.inputs.items()}
         return tf.function(self.function, autograph=False).get_concrete_function(**specs)
 
     def describe(self) -> dict[str, Any]:
         """A dictionary for `signatures.json`."""
-        return {
+        described = {
             "description": self.description,
-            "inputs": {name: dataclasses.asdict(port) for name, port in self.inputs.items()},
-            "outputs": {name: dataclasses.asdict(port) for name, port in self.outputs.items()},
+            "inputs": {name: dataclasses.asdict(field) for name, field in self.inputs.items()},
+            "outputs": {name: dataclasses.asdict(field) for name, field in self.outputs.items()},
         }
+        return {**described, "cost": dict(self.cost)} if self.cost else described
 
 
-def tower_inputs(encoder: Encoder, tower: str) -> dict[str, Port]:
+def tower_inputs(encoder: Encoder, tower: str) -> Fields:
     """The raw features of one tower by name; a list has a second input, `<name>_weights`."""
-    kinds = {feature.name: feature.kind for feature in encoder.features}
-    ports: dict[str, Port] = {}
-    for feature in encoder.features:
-        if feature.tower == tower:
-            ports |= _feature_inputs(feature, kinds[feature.shares or feature.name])
-    return ports
-
-
-def _feature_inputs(feature: RawFeature, kind: str) -> dict[str, Port]:
-    what = f"{feature.tower} feature, {kind}"
-    if feature.length == 1:
-        return {feature.name: Port(RAW_DTYPES[kind], (-1,), f"{what}; {_UNKNOWN[kind]}")}
-    of = f", values of {feature.shares}" if feature.shares else ""
     return {
-        feature.name: Port(
-            RAW_DTYPES[kind],
-            (-1, -1),
-            f"{what}, list of any length{of}; the first {feature.length} count, in a history the most recent; "
-            f"{_UNKNOWN[kind]}; shorter lists of a batch are filled up with any value of weight 0",
-        ),
-        feature.name + WEIGHTS_SUFFIX: Port(
-            "float32",
-            (-1, -1),
-            f"{feature.tower} feature, finite weight of each slot of {feature.name}; 0 is an empty slot",
-        ),
+        name: TensorField(dtype, _shape(rank, feature), _describe(name, feature))
+        for name, (dtype, rank, feature) in encoder.raw_inputs(tower).items()
     }
 
 
-def with_inputs(features: Mapping[str, Port], **others: Port) -> dict[str, Port]:
-    """Ports of raw features and of what else a signature takes.
+def _shape(rank: int, feature: EncodedFeature) -> tuple[int, ...]:
+    if feature.raw == "vector":
+        return (-1, feature.width)
+    return (-1,) * rank
+
+
+def _describe(name: str, feature: EncodedFeature) -> str:
+    what = f"{feature.tower} feature, {feature.raw}"
+    if name != feature.name:
+        return f"{feature.tower} feature, finite weight of each slot of {feature.name}; 0 is an empty slot"
+    if feature.raw == "vector":
+        return f"{what} of {feature.width} numbers; {_UNKNOWN['vector']}"
+    if feature.length == 1:
+        return f"{what}; {_UNKNOWN[feature.raw]}"
+    of = f", values of {feature.embedding}" if feature.embedding else ""
+    kept = _KEPT[feature.keep].format(length=feature.length)
+    return (
+        f"{what}, list of any length{of}; {kept}; {_UNKNOWN[feature.raw]}; shorter lists of a batch are filled up with "
+        "any value of weight 0"
+    )
+
+
+def with_inputs(features: Mapping[str, TensorField], **others: TensorField) -> Fields:
+    """Fields of raw features and of what else a signature takes.
 
     Raises:
         ValueError: If a feature has the name of one of the others.

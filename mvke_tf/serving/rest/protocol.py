@@ -1,19 +1,23 @@
-"""TensorFlow Serving's JSON for `predict`: requests into arrays; `answers.py` has the way back.
+"""TensorFlow Serving's JSON for `predict`: requests into arrays, and arrays into answers.
 
 Follows https://www.tensorflow.org/tfx/serving/api_rest and, where that page is silent, what the official server does,
 with these exceptions, all of them stricter or valid JSON:
 
 - a key that is unknown at the top level, in `inputs`, or twice in one object, is an error and not ignored;
 - an output that is not finite is `null`: bare `NaN` and `Infinity` are not JSON. In requests they are allowed.
+
+Whatever a body of n bytes holds, reading it takes time and memory proportional to n.
 """
 
 from __future__ import annotations
 
 import base64
+import collections
 import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -21,6 +25,17 @@ import numpy as np
 
 SIGNATURE, INSTANCES, INPUTS = "signature_name", "instances", "inputs"
 DEFAULT_SIGNATURE = "serving_default"
+# TensorFlow Serving takes the strings of such outputs for bytes.
+_BYTES_SUFFIX = "_bytes"
+# Keys of one object: an object has one per input, and a few of its own.
+MOST_KEYS = 4096
+# Levels of lists and objects: a request needs five, and one more per axis of an input beyond the second.
+MOST_LEVELS = 32
+# Characters of one number; a double has at most 17 significant digits.
+MOST_DIGITS = 400
+# A string of JSON, or what begins like one: never looked at twice, whatever is in it.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _JSON_NAMES = {
     dict: "an object",
     list: "a list",
@@ -94,12 +109,12 @@ def parse_request(body: bytes) -> PredictRequest:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"The body must be JSON in UTF-8. Received: byte {error.start} is not UTF-8") from error
+    if (levels := _levels(body)) > MOST_LEVELS:
+        raise RequestError(f"The body must be JSON of at most {MOST_LEVELS} levels. Received: {levels} levels")
     try:
         request = json.loads(text, object_pairs_hook=_object, parse_float=_decimal, parse_int=_whole)
     except RequestError:
         raise
-    except RecursionError:
-        raise RequestError("The body must be JSON of a few levels. Received: too many levels") from None
     except ValueError as error:
         raise RequestError(f"The body must be JSON. Received: {error}") from error
     if not isinstance(request, dict):
@@ -120,20 +135,29 @@ def parse_request(body: bytes) -> PredictRequest:
     return PredictRequest(signature or DEFAULT_SIGNATURE, by_rows, request[INSTANCES if by_rows else INPUTS])
 
 
+def _levels(body: bytes) -> int:
+    """How deep lists and objects are nested, 0 without any."""
+    brackets = np.frombuffer(_STRING.sub(b"", body).translate(None, _NO_BRACKETS), np.uint8)
+    steps = np.where((brackets == ord("[")) | (brackets == ord("{")), 1, -1).astype(np.int32)
+    return max(0, int(np.cumsum(steps).max(initial=0)))
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MOST_KEYS:
+        raise RequestError(f"An object must have at most {MOST_KEYS} keys. Received: {len(pairs)} keys")
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise RequestError(
-            "An object must name each key once. "
-            f"Received twice: {_quoted(sorted({name for name in names if names.count(name) > 1}))}"
-        )
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = [name for name, count in counts.items() if count > 1]
+        raise RequestError(f"An object must name each key once. Received twice: {_quoted(sorted(twice))}")
     return values
 
 
 def _decimal(text: str) -> float:
+    if len(text) > MOST_DIGITS:
+        raise RequestError(f"A number must have at most {MOST_DIGITS} characters. Received: {_short(text)}")
     value = float(text)
-    if np.isinf(value):
+    if math.isinf(value):
         raise RequestError(f"A number must fit a double. Received: {_short(text)}")
     return value
 
@@ -230,7 +254,8 @@ def _check_names(values: Mapping[str, Any], inputs: Mapping[str, InputSpec], whe
 
 def _array(spec: InputSpec, value: Any, by_rows: bool, max_values: int) -> np.ndarray:
     """A nested list as an array, level by level."""
-    flat, shape = [value], []
+    flat: list[Any] = [value]
+    shape: list[int] = []
     while len(shape) < len(spec.shape) if spec.shape is not None else flat and isinstance(flat[0], list):
         wrong = _first(flat, lambda item: type(item) is not list)
         if wrong is not None:
@@ -290,8 +315,11 @@ class _Kind:
 
 def _is_string(value: Any) -> bool:
     if isinstance(value, str):
-        # A lone half of a surrogate pair is legal JSON and not legal text.
-        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False  # A lone half of a surrogate pair is legal JSON and not legal text.
+        return True
     if not _is_b64(value) or not isinstance(value["b64"], str):
         return False
     try:
@@ -335,6 +363,63 @@ _KINDS = {
     **{f"{sign}int{bits}": _whole_numbers(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)},
     **{dtype: _decimal_numbers(dtype) for dtype in ("float32", "float64")},
 }
+
+
+def write_answer(outputs: Mapping[str, np.ndarray], by_rows: bool) -> bytes:
+    """The body of an answer; the name of a single output is left out.
+
+    Args:
+        outputs: What the signature put out; strings are arrays of `bytes`.
+        by_rows: Whether to answer with `predictions`, one per row, or with `outputs`.
+
+    Raises:
+        RequestError: If rows are asked for and the outputs do not have the same number of them.
+    """
+    sizes = {name: array.shape[0] if array.ndim else None for name, array in outputs.items()}
+    if by_rows and (None in sizes.values() or len(set(sizes.values())) > 1):
+        raise RequestError(
+            f"The signature does not put out one value per row; send {INPUTS!r} instead of {INSTANCES!r}. "
+            f"Received: outputs with the first axes {sizes}"
+        )
+    columns = {name: _values(outputs[name], name.endswith(_BYTES_SUFFIX)) for name in sorted(outputs)}
+    single = len(columns) == 1
+    if by_rows:
+        rows = zip(*columns.values(), strict=True)
+        answer: dict[str, Any] = {
+            "predictions": [row[0] if single else dict(zip(columns, row, strict=True)) for row in rows]
+        }
+    else:
+        answer = {"outputs": next(iter(columns.values())) if single else columns}
+    return json.dumps(answer, allow_nan=False).encode()
+
+
+def _values(array: np.ndarray, as_bytes: bool) -> Any:
+    """Nested lists that JSON can hold."""
+    if array.dtype == object:
+        texts = np.empty(array.size, object)
+        texts[:] = [_text(item, as_bytes) for item in array.ravel()]
+        return texts.reshape(array.shape).tolist()
+    if array.dtype.kind != "f":
+        return array.tolist()
+    # By way of the shortest decimal number that reads back as the same float32; as a double it would have 17 digits.
+    exact = array if array.dtype == np.float64 else array.astype("U32").astype(np.float64)
+    if np.isfinite(exact).all():
+        return exact.tolist()
+    return np.where(np.isfinite(exact), exact.astype(object), np.array(None, object)).tolist()
+
+
+def _text(item: bytes, as_bytes: bool) -> str | dict[str, str]:
+    if not as_bytes:
+        try:
+            return item.decode()
+        except UnicodeDecodeError:
+            pass  # Bytes in an output that its name does not announce as such.
+    return {"b64": base64.b64encode(item).decode()}
+
+
+def write_error(message: str) -> bytes:
+    """The body of an answer that says what is wrong."""
+    return json.dumps({"error": message}).encode()
 
 
 def _quoted(names: Sequence[str]) -> str:

@@ -1,163 +1,30 @@
-"""The local server: TensorFlow Serving's REST protocol, and everything that a client can do wrong."""
+"""The REST protocol of TensorFlow Serving, and everything that a client can do wrong in one request."""
 
 import base64
-import contextlib
-import functools
 import json
-import os
 import re
-import runpy
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
+import time
 
 import anyio
 import httpx
 import numpy as np
 import pytest
 import tensorflow as tf
-from anyio.from_thread import start_blocking_portal
 
-from mvke_tf.cli import require_extra
-from mvke_tf.server.app import Limits, create_app
-from mvke_tf.server.model import DESCRIPTIONS_FILE, ServedModel
-from mvke_tf.server.process import bind, curl, newest_version, url
-from mvke_tf.serving import SIGNATURES_FILE, export_saved_model
-from tests.conftest import REPOSITORY
+from mvke_tf.serving.rest.app import Application, Limits
+from mvke_tf.serving.rest.model import Cost, ServedModel
+from mvke_tf.serving.rest.protocol import MOST_KEYS, MOST_LEVELS, InputSpec
+from mvke_tf.serving.rest.server import curl
+from tests.serving.rest_helpers import ANSWER, GOOD, PREDICT, ROW, Client, Stub, answer, chunks, predict
 
-SCRIPT = REPOSITORY / "scripts" / "serve.py"
-PREDICT = "/v1/models/mvke:predict"
 LIMITS = Limits(request_bytes=200_000, rows=50, values=1000)
 
 
-def vector(dtype, name, *shape):
-    return tf.TensorSpec([None, *shape], dtype, name)
-
-
-class Toy(tf.Module):
-    """Signatures of known answers, of every kind of input."""
-
-    @tf.function(
-        input_signature=[
-            vector(tf.int64, "user"),
-            vector(tf.float32, "age"),
-            vector(tf.string, "gender"),
-            vector(tf.int64, "items", None),
-            vector(tf.float32, "items_weights", None),
-        ]
-    )
-    def score(self, user, age, gender, items, items_weights):
-        rows = tf.debugging.assert_equal(tf.shape(items), tf.shape(items_weights), message="items and items_weights")
-        with tf.control_dependencies([rows]):
-            bag = tf.reduce_sum(tf.cast(items, tf.float32) * items_weights, axis=1)
-        return {
-            "ctr": tf.cast(user, tf.float32) + age / 3 + tf.cast(tf.strings.length(gender), tf.float32),
-            "cvr": bag,
-        }
-
-    @tf.function(input_signature=[vector(tf.float32, "x")])
-    def half_plus_two(self, x):
-        return {"y": x / 2 + 2}
-
-    @tf.function(input_signature=[vector(tf.int64, "user"), tf.TensorSpec([], tf.int32, "k")])
-    def top(self, user, k):
-        return {"items": user[:, None] * 10 + tf.range(tf.cast(k, tf.int64)), "title": tf.strings.as_string(user)}
-
-    @tf.function(
-        input_signature=[
-            vector(tf.bool, "flag"),
-            vector(tf.uint8, "small"),
-            vector(tf.float64, "exact"),
-            vector(tf.float32, "pair", 2),
-            vector(tf.string, "raw"),
-        ]
-    )
-    def echo(self, flag, small, exact, pair, raw):
-        return {"flag": flag, "small": small, "exact": exact, "pair": pair, "raw_bytes": raw, "raw": raw}
-
-    @tf.function(input_signature=[vector(tf.float32, "x"), vector(tf.complex64, "z")])
-    def strange(self, x, z):
-        return {"y": x + tf.math.real(z)}
-
-    @tf.function(input_signature=[vector(tf.float32, "x")])
-    def total(self, x):
-        return {"sum": tf.reduce_sum(x), "inverse": 1 / x}
-
-
 @pytest.fixture(scope="module")
-def export_path(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("export")
-    toy = Toy()
-    signatures = {name: getattr(toy, name) for name in ("half_plus_two", "top", "echo", "strange", "total")}
-    signatures["serving_default"] = toy.score
-    tf.saved_model.save(toy, str(folder / "7"), signatures=signatures)
-    inputs = {name: {"description": f"the {name}"} for name in ("user", "items", "items_weights")}
-    described = {"serving_default": {"description": "scores", "inputs": inputs}, "top": "odd"}
-    (folder / "7" / DESCRIPTIONS_FILE).write_text(json.dumps(described))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(export_path) -> ServedModel:
-    return ServedModel(newest_version(export_path))
-
-
-class Client:
-    """Calls an application in this process, without sockets."""
-
-    def __init__(self, app) -> None:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://test")
-
-    def __enter__(self):
-        self._exit = contextlib.ExitStack()
-        self._portal = self._exit.enter_context(start_blocking_portal())
-        return self
-
-    def __exit__(self, *error):
-        self._portal.call(self._client.aclose)
-        self._exit.close()
-
-    def request(self, method: str, path: str, **options) -> httpx.Response:
-        return self._portal.call(functools.partial(self._client.request, method, path, **options))
-
-    def get(self, path: str) -> httpx.Response:
-        return self.request("GET", path)
-
-    def post(self, path: str, **options) -> httpx.Response:
-        return self.request("POST", path, **options)
-
-
-async def chunks(*parts: bytes):
-    """A body without a length."""
-    for part in parts:
-        yield part
-
-
-@pytest.fixture(scope="module")
-def client(model):
-    with Client(create_app(model, limits=LIMITS)) as client:
+def client(toy_model):
+    with Client(Application(toy_model, limits=LIMITS)) as client:
         yield client
-
-
-ROW = {"user": 3, "age": 0.5, "gender": "F", "items": [2, 5], "items_weights": [1.0, 0.5]}
-GOOD = {"instances": [ROW, {"user": -1, "age": 1e-3, "gender": "né", "items": [7, 7], "items_weights": [0, 2]}]}
-ANSWER = {"predictions": [{"ctr": 4.166667, "cvr": 4.5}, {"ctr": 2.0003333, "cvr": 14.0}]}
-
-
-def predict(client, request, path: str = PREDICT) -> httpx.Response:
-    return client.post(path, content=request if isinstance(request, bytes | str) else json.dumps(request))
-
-
-def answer(client, request) -> dict:
-    response = predict(client, request)
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"] == "application/json"
-    return response.json()
 
 
 def test_rows(client):
@@ -231,7 +98,7 @@ def test_numbers_are_the_shortest_that_read_back_equal(client):
     assert texts == [str(value) for value in expected]
 
 
-def test_status_and_metadata(client, model):
+def test_status_and_metadata(client, toy_model):
     state = {"version": "7", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
     for path in ("/v1/models/mvke", "/v1/models/mvke/versions/7", "/v1/models/mvke/versions/007"):
         assert client.get(path).json() == {"model_version_status": [state]}
@@ -239,7 +106,7 @@ def test_status_and_metadata(client, model):
     assert metadata == client.get("/v1/models/mvke/versions/7/metadata").json()
     assert metadata["model_spec"] == {"name": "mvke", "signature_name": "", "version": "7"}
     signatures = metadata["metadata"]["signature_def"]["signature_def"]
-    assert set(signatures) - {"__saved_model_init_op"} == set(model.descriptions)
+    assert set(signatures) - {"__saved_model_init_op"} == set(toy_model.descriptions)
     score = signatures["serving_default"]
     assert score["method_name"] == "tensorflow/serving/predict"
     assert sorted(score["inputs"]) == sorted(ROW) and sorted(score["outputs"]) == ["ctr", "cvr"]
@@ -433,25 +300,9 @@ def test_a_body_without_a_length_is_counted(client):
     assert (response.status_code, response.json()["error"][:34]) == (413, "At most 200000 bytes in a request;")
 
 
-class Stub:
-    """A model that does what a test tells it."""
-
-    version = 1
-
-    def __init__(self, behave) -> None:
-        self.behave = behave
-
-    def inputs(self, signature):
-        return {}
-
-    def predict(self, signature, arrays):
-        self.behave()
-        return {"y": np.arange(2)}
-
-
 def test_a_defect_is_a_500_that_keeps_its_secret_and_the_server_alive():
     behaviours = iter([lambda: 1 // 0, lambda: None])
-    with Client(create_app(Stub(lambda: next(behaviours)()))) as client:
+    with Client(Application(Stub(lambda: next(behaviours)()))) as client:
         response = predict(client, {"inputs": {}})
         assert (response.status_code, list(response.json())) == (500, ["error"])
         assert "division" not in response.text
@@ -460,7 +311,7 @@ def test_a_defect_is_a_500_that_keeps_its_secret_and_the_server_alive():
 
 def test_more_requests_than_may_wait_are_sent_away():
     release = threading.Event()
-    app = create_app(Stub(release.wait), limits=Limits(threads=1, waiting=1))
+    app = Application(Stub(release.wait), limits=Limits(threads=1, waiting=1))
     responses = []
 
     async def send(client):
@@ -494,204 +345,324 @@ async def call(app, receive) -> list[dict]:
     return sent
 
 
-def test_a_body_that_does_not_arrive_is_given_up(model):
-    app = create_app(model, limits=Limits(body_seconds=0.01))
+def test_a_body_that_does_not_arrive_is_given_up(toy_model):
+    app = Application(toy_model, limits=Limits(body_seconds=0.01))
     sent = anyio.run(call, app, anyio.sleep_forever)
     assert sent[0]["status"] == 408
     assert json.loads(sent[1]["body"])["error"].endswith("Received: 0 bytes")
 
 
-def test_a_client_that_vanishes_is_no_error(model):
+def test_a_client_that_vanishes_is_no_error(toy_model):
     messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
 
     async def receive():
         return next(messages)
 
-    assert anyio.run(call, create_app(model), receive)[0]["status"] == 499
+    assert anyio.run(call, Application(toy_model), receive)[0]["status"] == 499
 
 
-def test_the_newest_version_is_found(export_path, tmp_path):
-    assert newest_version(export_path) == newest_version(export_path / "7") == export_path / "7"
-    for name in ("2", "10", "notes", "11"):
-        (tmp_path / "export" / name).mkdir(parents=True)
-    for name in ("2", "10", "notes"):
-        (tmp_path / "export" / name / "saved_model.pb").touch()
-    assert newest_version(tmp_path / "export") == newest_version(tmp_path) == tmp_path / "export" / "10"
-    with pytest.raises(ValueError, match=r"scripts/export\.py makes .* Received: .*notes/nowhere"):
-        newest_version(tmp_path / "notes" / "nowhere")
-
-
-def test_a_damaged_export_is_refused(export_path, tmp_path):
-    (tmp_path / "saved_model.pb").write_bytes(b"\x00damaged")
-    with pytest.raises(ValueError, match="no SavedModel that can be loaded at"):
-        ServedModel(tmp_path)
-    tf.saved_model.save(tf.Module(), str(tmp_path / "2"))
-    with pytest.raises(ValueError, match="Expected a SavedModel with signatures"):
-        ServedModel(tmp_path / "2")
-
-
-def test_a_taken_port_says_what_to_do():
-    with bind("127.0.0.1", 0) as first:
-        first.listen()
-        port = first.getsockname()[1]
-        assert url(first) == f"http://127.0.0.1:{port}"
-        with pytest.raises(OSError, match=f"choose another --port: '127.0.0.1:{port}'"):
-            bind("127.0.0.1", port)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('{"model": "mvke", "signatures": {"top": {"description": "best"}}}', "best"),
-        ('{"top": {"description": "best"}}', "best"),
-        ('["top"]', ""),
-    ],
-)
-def test_descriptions_are_taken_where_there_are_any(export_path, tmp_path, text, expected):
-    folder = Path(shutil.copytree(export_path / "7", tmp_path / "7"))
-    (folder / DESCRIPTIONS_FILE).write_text(text)
-    assert ServedModel(folder).descriptions == dict.fromkeys(("echo", "half_plus_two", "serving_default"), "") | {
-        **{"strange": "", "top": expected, "total": ""}
-    }
-    (folder / DESCRIPTIONS_FILE).write_text("{")
-    with pytest.raises(ValueError, match=r"signatures\.json cannot be read"):
-        ServedModel(folder)
-
-
-def test_the_example_is_a_command_that_works(client, model):
-    command = curl("http://here/v1/models/mvke:predict", model.example("serving_default"))
+def test_the_example_is_a_command_that_works(client, toy_model):
+    command = curl("http://here/v1/models/mvke:predict", toy_model.example("serving_default"))
     assert command.startswith('curl -d \'{"instances": [{"user": 1,')
     assert len(answer(client, re.search("'(.*)'", command)[1])["predictions"]) == 1
-    assert answer(client, model.example("top")) == {"outputs": {"items": [[10]], "title": ["1"]}}
-    assert answer(client, model.example("echo"))["predictions"][0]["pair"] == [1.0, 1.0]
+    assert answer(client, toy_model.example("top")) == {"outputs": {"items": [[10]], "title": ["1"]}}
+    assert answer(client, toy_model.example("echo"))["predictions"][0]["pair"] == [1.0, 1.0]
 
 
-def test_an_exported_model_answers_as_its_saved_model(tiny_run, tmp_path):
-    folder = export_saved_model(tiny_run.load_model(), tiny_run.prepared.encoder, tmp_path / "export")
-    assert DESCRIPTIONS_FILE == SIGNATURES_FILE
-    prepared = tiny_run.prepared
-    pairs = prepared.pairs.iloc[prepared.part_rows("test")][:40]
-    raw = {
-        name: np.asarray(column)[pairs[f"{tower}_row"]].tolist()
-        for tower in ("user", "item")
-        for name, column in prepared.raw[tower].items()
-    }
-    signature = tf.saved_model.load(folder).signatures["serving_default"]
-    specs = signature.structured_input_signature[1]
-    expected = signature(**{name: tf.constant(raw[name], specs[name].dtype) for name in specs})
-    with Client(create_app(ServedModel(folder))) as client:
-        outputs = answer(client, {"inputs": raw})["outputs"]
-        rows = answer(client, {"instances": [{name: raw[name][i] for name in raw} for i in range(40)]})["predictions"]
-    for task in ("ctr", "cvr"):
-        assert np.ptp(expected[task]) > 0.01
-        np.testing.assert_array_equal(np.float32(outputs[task]), expected[task].numpy())
-        assert [row[task] for row in rows] == outputs[task]
+# Each of these took longer than a minute, or gigabytes, when it was first tried.
 
 
-# The script, where nothing of the stack but TensorFlow and the extra `serve` can be imported.
-PROCESS = """
-import runpy, sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("keras_rs", "pandas", "sklearn", "matplotlib"):
-            raise ImportError(f"{name} is not for this process")
-
-sys.meta_path.insert(0, Blocked())
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.fixture
-def process(export_path):
-    arguments = ["--export_path", export_path, "--port", "0", "--max_request_mb", "1"]
-    started = subprocess.Popen(
-        [sys.executable, "-c", PROCESS, SCRIPT, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
-    )
-    yield started
-    started.kill()
-    started.communicate()
+def test_duplicate_keys_are_found_in_time_that_grows_with_the_body(client):
+    """60,000 keys, each twice, once held a thread for 43 s: every key was counted among all others."""
+    body = "{" + ",".join(f'"k{number // 2}":1' for number in range(60_000)) + "}"
+    with Client(Application(Stub(lambda: None))) as roomy:
+        started = time.monotonic()
+        response = predict(roomy, body)
+        assert time.monotonic() - started < 5
+    assert response.status_code == 400
+    assert response.json() == {"error": f"An object must have at most {MOST_KEYS} keys. Received: 60000 keys"}
+    few = "{" + ",".join(f'"k{number // 2}":1' for number in range(2 * 12)) + "}"
+    twice = predict(client, few).json()["error"]
+    assert twice.startswith('An object must name each key once. Received twice: "k0", "k1", "k10", "k11", "k2"')
 
 
-def exchange(address: tuple[str, int], sent: bytes) -> bytes:
-    """Everything that the server sends back on one connection until one of them closes it."""
-    received = b""
-    with socket.create_connection(address, timeout=60) as connection, contextlib.suppress(ConnectionError):
-        connection.sendall(sent)
-        connection.shutdown(socket.SHUT_WR)
-        while part := connection.recv(65536):
-            received += part
-    return received
-
-
-def test_the_process_survives_bad_clients_and_stops_on_sigterm(process):
-    lines = []
-    while not lines or not lines[-1].startswith("Ctrl-C"):
-        lines.append(process.stdout.readline())
-        assert lines[-1], process.communicate()[1]
-    base = re.search(r"Serving version 7 at (http://127\.0\.0\.1:\d+/v1/models/mvke) ", "".join(lines))[1]
-    assert "  serving_default: scores\n" in lines
-    assert any(line.startswith("Try it: curl -d ") and line.endswith(f"{base}:predict\n") for line in lines)
-    body = json.dumps(GOOD).encode()
-
-    def assert_alive():
-        assert httpx.post(f"{base}:predict", content=body).json() == ANSWER
-
-    assert_alive()
-    address = ("127.0.0.1", httpx.URL(base).port)
-    head = b"POST /v1/models/mvke:predict HTTP/1.1\r\nHost: here\r\n"
-    for length in (b"-1", b"many", b"1" * 5000, b"10, 20", b"0x10"):
-        received = exchange(address, head + b"Content-Length: " + length + b"\r\n\r\n")
-        assert received.startswith(b"HTTP/1.1 4"), (length, received)
-        assert_alive()
-    received = exchange(address, head + b"Content-Length: 99999999999\r\n\r\n" + body)
-    assert received.startswith(b"HTTP/1.1 413") and b'{"error": "At most 1048576 bytes' in received
-    for garbage in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x00" * 100_000):
-        exchange(address, garbage)
-        assert_alive()
-    for half in (head, head + b"Content-Length: 1000\r\n\r\n", head + b"Content-Length: 1000\r\n\r\n" + body[:30]):
-        with socket.create_connection(address) as vanishing:
-            vanishing.sendall(half)
-        assert_alive()
-    unfinished = socket.create_connection(address)
-    unfinished.sendall(head + b"Content-Length: 1000\r\n\r\n{")
-    unfinished.close()
-    assert_alive()
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output) == (0, "Stopped.\n")
-    assert "Traceback" not in errors
+def test_levels_are_counted_outside_of_strings(client):
+    for body, levels in (
+        ("[" * 100_000 + "]" * 100_000, 100_000),
+        ('{"a":' * 40, 40),
+        ('["' + "[" * 1000 + '", "\\"[[", [1]', 2),
+        ('"[[[[', 0),
+        ('\\"[' * 50, 0),
+    ):
+        error = predict(client, body).json()["error"]
+        expected = f"The body must be JSON of at most {MOST_LEVELS} levels. Received: {levels} levels"
+        assert (error == expected) == (levels > MOST_LEVELS), error
+    assert answer(client, {"signature_name": "half_plus_two", "inputs": {"x": [1.0]}}) == {"outputs": [2.5]}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "message"),
+    "body",
     [
-        (["--help"], 0, "--max_request_mb"),
-        ([], 2, "--export_path"),
-        (["--export_path", "nowhere"], 2, "error: Expected a folder of versions of a SavedModel"),
-        (["--export_path", ".", "--port", "70000"], 2, "expected a number from 0 to 65535"),
-        (["--export_path", ".", "--name", "a/b"], 2, "expected letters, digits"),
-        (["--export_path", ".", "--max_rows", "0"], 2, "at least 1"),
+        '"' + '\\"' * 2_000_000,
+        "[" * 4_000_000,
+        '{"instances": [' + "1," * 2_000_000 + "1]}",
+        '{"inputs": {"x": [' + "0." + "1" * 4_000_000 + "]}}",
+        '{"inputs": {"x": ' + "9" * 4_000_000 + "}}",
+        '{"instances": ["' + "é" * 2_000_000 + '"]}',
+        '{"instances": [' + ",".join(['{"a": 1, "a": 1}'] * 200_000) + "]}",
+        '{"instances": [' + ",".join(["{}"] * 1_000_000) + "]}",
     ],
+    ids=lambda body: body[:14] + "..." + body[-6:],
 )
-def test_script_answers_without_tensorflow(arguments, status, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in [name for name in sys.modules if name.startswith("mvke_tf.server")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert ended.value.code == status
-    assert message in "".join(capsys.readouterr())
+def test_no_body_takes_long(toy_model, body):
+    """Generous: most take a tenth of a second."""
+    with Client(Application(toy_model, limits=Limits(request_bytes=2**23))) as client:
+        started = time.monotonic()
+        response = predict(client, body)
+        assert response.status_code in (400, 413)
+        assert time.monotonic() - started < 15
 
 
-def test_a_missing_extra_says_how_to_install_it():
-    require_extra("serve", "json")
-    with pytest.raises(ValueError, match=r"needs no_such_module\. Install the extra: pip install '\.\[serve\]'"):
-        require_extra("serve", "json", "no_such_module")
+def test_bytes_that_are_no_text_are_refused():
+    """TensorFlow repeats the inputs in its message, and then cannot decode it."""
+
+    def refuse():
+        b"\xff\xff".decode()
+
+    with Client(Application(Stub(refuse))) as client:
+        assert predict(client, {"inputs": {}}).status_code == 500
+
+    class Module(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([], tf.string, "task")])
+        def ask(self, task):
+            with tf.control_dependencies([tf.debugging.Assert(tf.equal(task, "a"), ["Received:", task])]):
+                return {"y": tf.constant([1.0])}
+
+    model = ServedModel.__new__(ServedModel)
+    model._functions = {"serving_default": Module().ask.get_concrete_function()}
+    model._inputs = {"serving_default": {"task": InputSpec("task", "string", ())}}
+    model._costs = {"serving_default": Cost()}
+    model.version = 1
+    with Client(Application(model)) as client:
+        response = predict(client, {"inputs": {"task": {"b64": "//8="}}})
+        assert (response.status_code, "not UTF-8" in response.json()["error"]) == (400, True)
+        assert answer(client, {"inputs": {"task": "a"}}) == {"outputs": [1.0]}
+
+
+def test_answers_are_bounded_before_they_are_computed(toy_model):
+    """2,000 rows x 1,682 items once made an answer of 130 MB in 2.4 GB of memory."""
+    with Client(Application(toy_model, limits=Limits(values=100, numbers=500))) as client:
+
+        def top(rows, k):
+            return predict(client, {"signature_name": "top", "inputs": {"user": [1] * rows, "k": k}})
+
+        assert top(10, 10).status_code == 200
+        assert top(2, 100).status_code == 413  # More than the description knows: seen when it is computed.
+        assert top(10, 11).json()["error"].endswith("Received: 10 rows, k=11, which make 110 values")
+        refused = top(11, 1)
+        assert refused.status_code == 413
+        assert refused.json()["error"].startswith("The signature computes 50 numbers per row, at most 500 in a request")
+        many = {**ROW, "items": [1] * 63, "items_weights": [1] * 63}
+        error = predict(client, {"instances": [many]}).json()["error"]
+        assert "0 numbers per row and 8 per value of 'items' and 0 per value of 'user', at most 500" in error
+        assert (
+            predict(client, {"instances": [{**many, "items": [1] * 62, "items_weights": [1] * 62}]}).status_code == 200
+        )
+
+
+def test_costs_that_cannot_be_used_are_none():
+    assert Cost.from_dict({"per_row": -3, "per_value": [1], "answer_per_row": {"input": 7, "most": True}}) == Cost()
+
+
+def test_bodies_that_wait_are_bounded_together():
+    release = threading.Event()
+    app = Application(Stub(release.wait), limits=Limits(threads=1, buffered_bytes=1000))
+    statuses = []
+
+    async def send(client, size):
+        response = await client.post(PREDICT, content=b'{"inputs": {}}'.ljust(size))
+        statuses.append(response.status_code)
+        if response.status_code == 503:
+            release.set()
+
+    async def main():
+        async with (
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+            anyio.create_task_group() as group,
+        ):
+            for size in (600, 300, 200):
+                group.start_soon(send, client, size)
+
+    anyio.run(main)
+    assert sorted(statuses) == [200, 200, 503] and statuses[0] == 503
+    assert app.buffered_bytes == 0
+
+
+def test_long_requests_leave_a_thread_to_short_ones():
+    release, computed = threading.Event(), []
+
+    class Model(Stub):
+        def cost(self, signature):
+            computed.append(signature)
+            if signature == "long":
+                release.wait()
+            return Cost()
+
+    app = Application(Model(lambda: None), limits=Limits(threads=2, waiting=2))
+    statuses = []
+
+    async def send(client):
+        response = await client.post(PREDICT, content=b'{"signature_name": "long", "inputs": {}}'.ljust(70_000))
+        statuses.append(response.status_code)
+
+    async def main():
+        async with (
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+            anyio.create_task_group() as group,
+        ):
+            for _ in range(3):
+                group.start_soon(send, client)
+            # One of them is computed, one waits, the third is sent away.
+            while not (computed and statuses):
+                await anyio.sleep(0.01)
+            for _ in range(5):
+                assert (await client.post(PREDICT, content=b'{"inputs": {}}')).status_code == 200
+            assert (computed.count("long"), statuses) == (1, [503])
+            release.set()
+
+    anyio.run(main)
+    assert sorted(statuses) == [200, 200, 503]
+
+
+def test_a_request_that_finds_no_thread_is_sent_away_in_time():
+    release = threading.Event()
+    app = Application(Stub(release.wait), limits=Limits(threads=1, wait_seconds=0.05))
+    responses = []
+
+    async def send(client):
+        responses.append(await client.post(PREDICT, content=b'{"inputs": {}}'))
+        release.set()
+
+    async def main():
+        async with (
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+            anyio.create_task_group() as group,
+        ):
+            group.start_soon(send, client)
+            group.start_soon(send, client)
+
+    anyio.run(main)
+    assert [response.status_code for response in responses] == [503, 200]
+    assert "No thread was free within 0.05 s" in responses[0].json()["error"]
+
+
+def test_a_client_that_hangs_up_while_it_waits_is_not_computed():
+    computed = []
+    app = Application(Stub(lambda: computed.append(1)))
+    messages = iter([{"type": "http.request", "body": b'{"inputs": {}}'}, {"type": "http.disconnect"}])
+
+    async def receive():
+        return next(messages)
+
+    assert anyio.run(call, app, receive)[0]["status"] == 499
+    assert computed == []
+
+
+def test_the_token_is_asked_for_everywhere(toy_model):
+    with Client(Application(toy_model, token="s3cret")) as client:
+        for method, path in (("GET", "/v1/models/mvke"), ("GET", "/metrics"), ("POST", PREDICT), ("GET", "/nowhere")):
+            for given in (None, "s3cret", "Bearer", "Bearer s3cret2", "Bearer s3cre", "Basic s3cret", "Bearer \xe9"):
+                headers = {} if given is None else {b"Authorization": given.encode("latin-1")}
+                response = client.request(method, path, content=json.dumps(GOOD), headers=headers)
+                assert response.status_code == 401, given
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert response.json()["error"].endswith("Expected: Authorization: Bearer <token>")
+        headers = {"Authorization": "bearer s3cret"}
+        assert client.post(PREDICT, content=json.dumps(GOOD), headers=headers).json() == ANSWER
+        assert client.request("GET", "/nowhere", headers=headers).status_code == 404
+
+
+def test_only_requests_to_its_names_are_answered(toy_model):
+    with Client(Application(toy_model, allowed_hosts={"localhost", "[::1]", "Example.org"})) as client:
+        for host, status in {
+            "localhost": 200,
+            "LOCALHOST:8501": 200,
+            "[::1]:8501": 200,
+            "[::1]": 200,
+            "example.org": 200,
+            "evil.example.org": 400,
+            "localhost.evil": 400,
+            "[::2]": 400,
+            "": 400,
+        }.items():
+            response = client.request("GET", "/v1/models/mvke", headers={"Host": host})
+            assert response.status_code == status, host
+
+
+def test_metrics_count_requests_by_endpoint_and_status(toy_model):
+    app = Application(toy_model)
+    with Client(app) as client:
+        for _ in range(3):
+            answer(client, GOOD)
+        predict(client, "{")
+        client.get("/v1/models/mvke")
+        client.get("/elsewhere")
+        response = client.get("/metrics")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    lines = response.text.splitlines()
+    for line in (
+        'mvke_requests_total{endpoint="predict",status="200"} 3',
+        'mvke_requests_total{endpoint="predict",status="400"} 1',
+        'mvke_requests_total{endpoint="status",status="200"} 1',
+        'mvke_requests_total{endpoint="none",status="404"} 1',
+        'mvke_request_seconds_bucket{endpoint="predict",le="+Inf"} 4',
+        'mvke_request_seconds_count{endpoint="predict"} 4',
+        'mvke_model_loads_total{result="refused"} 0',
+        "mvke_model_version 7",
+        "mvke_requests_pending 0",
+        "# TYPE mvke_request_seconds histogram",
+    ):
+        assert line in lines
+    assert all(re.fullmatch(r"# .+|mvke_[a-z_]+(\{[^}]+\})? [-+\d.e]+", line) for line in lines)
+
+
+def test_requests_have_ids(toy_model, caplog):
+    caplog.set_level("INFO", logger="mvke_tf.serving.rest.app")
+    with Client(Application(toy_model, log_requests=True)) as client:
+        for given, kept in (("abc-1.2_3", True), ("x" * 65, False), ("a b", False), ("a\tb", False), (None, False)):
+            headers = {} if given is None else {"X-Request-Id": given}
+            response = client.post(PREDICT, content=json.dumps(GOOD), headers=headers)
+            identifier = response.headers["x-request-id"]
+            assert (identifier == given) == kept and re.fullmatch(r"[\w.-]{1,64}", identifier)
+            assert caplog.messages[-1].startswith(f"{identifier} POST {PREDICT} 200, ")
+        client.get('/a"b%0aINFO')
+        assert '/a\\"b' in caplog.messages[-1] and "\n" not in caplog.messages[-1]
+
+
+def test_a_request_ends_with_the_version_that_it_began_with():
+    began, release = threading.Event(), threading.Event()
+
+    def wait():
+        began.set()
+        release.wait()
+
+    app = Application(Stub(wait))
+    newer = Stub(lambda: None)
+    newer.version, newer.predict = 2, lambda *_: {"y": np.arange(3)}
+
+    async def main():
+        answers = []
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+
+            async def send():
+                answers.append((await client.post(PREDICT, content=b'{"inputs": {}}')).json())
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(send)
+                await anyio.to_thread.run_sync(began.wait)
+                app.model = newer
+                await send()
+                release.set()
+        return answers
+
+    assert anyio.run(main) == [{"outputs": [0, 1, 2]}, {"outputs": [0, 1]}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
-from mvke_tf.server.protocol import DEFAULT_SIGNATURE, InputSpec, RequestError
+from mvke_tf.errors import DataError
+from mvke_tf.io import read_json
+from mvke_tf.serving.rest.protocol import DEFAULT_SIGNATURE, InputSpec, RequestError
 
 DESCRIPTIONS_FILE = "signatures.json"
 
@@ -26,15 +30,75 @@ _STATUS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a request for a signature takes beyond its inputs, in numbers that are held or computed.
+
+    Args:
+        per_row: Numbers per row, as the scores of a whole catalogue.
+        per_value: Numbers per value of an input, as the vector of each item.
+        answer_input: The input without rows that says how many values each row of the answer has; None without.
+        answer_most: Most such values, whatever that input says.
+    """
+
+    per_row: int = 0
+    per_value: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    answer_input: str | None = None
+    answer_most: int = 0
+
+    @classmethod
+    def from_dict(cls, described: Mapping[str, Any]) -> Cost:
+        """Reads `cost` of a signature in `signatures.json`; what cannot be used costs nothing."""
+        answer = _entry(described, "answer_per_row")
+        name = answer.get("input")
+        return cls(
+            _count(described.get("per_row")),
+            {name: _count(value) for name, value in _entry(described, "per_value").items()},
+            name if isinstance(name, str) else None,
+            _count(answer.get("most")),
+        )
+
+    def check(self, arrays: Mapping[str, np.ndarray], max_values: int, max_numbers: int) -> None:
+        """Does nothing if a request stays within its bounds.
+
+        Args:
+            arrays: The inputs of the request.
+            max_values: Most values of one output.
+            max_numbers: Most numbers that are held or computed.
+
+        Raises:
+            RequestError: If it does not.
+        """
+        rows = max((len(array) for array in arrays.values() if array.ndim), default=0)
+        if self.answer_input is not None and self.answer_input in arrays:
+            asked = int(arrays[self.answer_input].max(initial=0))
+            values = rows * min(asked, self.answer_most)
+            if values > max_values:
+                raise RequestError(
+                    f"At most {max_values} values in an output; ask for fewer rows or a lower {self.answer_input!r}. "
+                    f"Received: {rows} rows, {self.answer_input}={asked}, which make {values} values",
+                    413,
+                )
+        numbers = rows * self.per_row
+        numbers += sum(arrays[name].size * cost for name, cost in self.per_value.items() if name in arrays)
+        if numbers > max_numbers:
+            raise RequestError(
+                f"The signature computes {self.per_row} numbers per row"
+                + "".join(f" and {cost} per value of {name!r}" for name, cost in self.per_value.items())
+                + f", at most {max_numbers} in a request; send several. Received: {rows} rows, {numbers} numbers",
+                413,
+            )
+
+
 class ServedModel:
     """One version of a SavedModel.
 
     Args:
         folder: Its folder; the name is the version, as in `export/3`. A `signatures.json` in it describes the
-            signatures and their inputs.
+            signatures, their inputs and what they cost.
 
     Raises:
-        ValueError: If TensorFlow finds no SavedModel there, or one without signatures.
+        DataError: If TensorFlow finds no SavedModel there, or one without signatures.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,26 +109,24 @@ class ServedModel:
             self._loaded = tf.saved_model.load(str(self.folder))
             self._proto = saved_model_pb2.SavedModel()
             self._proto.ParseFromString((self.folder / "saved_model.pb").read_bytes())
-        except (OSError, tf.errors.OpError) as error:
-            raise ValueError(f"There is no SavedModel that can be loaded at {self.folder}: {error}") from error
+        except (OSError, tf.errors.OpError, ValueError, KeyError, DecodeError) as error:
+            raise DataError(f"There is no SavedModel that can be loaded at {self.folder}: {error}") from error
         self._functions = dict(self._loaded.signatures)
         if not self._functions:
-            raise ValueError(f"Expected a SavedModel with signatures. Received: {self.folder}, which has none")
+            raise DataError(f"Expected a SavedModel with signatures. Received: {self.folder}, which has none")
         described = self._descriptions()
         self.descriptions = {name: _text(_entry(described, name)) for name in sorted(self._functions)}
         self._inputs = {
             name: _input_specs(function, _entry(_entry(described, name), "inputs"))
             for name, function in self._functions.items()
         }
+        self._costs = {name: Cost.from_dict(_entry(_entry(described, name), "cost")) for name in self._functions}
 
     def _descriptions(self) -> dict[str, Any]:
         path = self.folder / DESCRIPTIONS_FILE
         if not path.is_file():
             return {}
-        try:
-            described = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read: {error}. Export again, or delete it") from error
+        described = read_json(path)
         described = described if isinstance(described, dict) else {}
         return _entry(described, "signatures") or described
 
@@ -85,18 +147,25 @@ class ServedModel:
             )
         return self._inputs[signature]
 
-    def predict(self, signature: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def cost(self, signature: str) -> Cost:
+        """What a request for a signature, one of the model's, takes."""
+        return self._costs[signature]
+
+    def predict(
+        self, signature: str, arrays: Mapping[str, np.ndarray], max_values: int | None = None
+    ) -> dict[str, np.ndarray]:
         """Calls a signature; may be called from several threads at once.
 
         Args:
             signature: Its name.
             arrays: Its inputs, of its dtypes and ranks.
+            max_values: Most values of one output; any number by default.
 
         Returns:
             Its outputs; strings as arrays of `bytes`.
 
         Raises:
-            RequestError: If the model refuses these inputs.
+            RequestError: If the model refuses these inputs, or puts out more values.
         """
         specs = self.inputs(signature)
         tensors = {name: tf.constant(array, specs[name].dtype) for name, array in arrays.items()}
@@ -107,14 +176,26 @@ class ServedModel:
             message = error.message.rpartition("<stack traces unavailable>\n")[2].partition("\n\t [[")[0]
             status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
             raise RequestError(f"The model refuses the inputs: {' '.join(message.split())}", status) from error
+        except UnicodeDecodeError as error:
+            # TensorFlow repeats the inputs in its message, which it then cannot read.
+            raise RequestError(
+                "The model refuses the inputs, of which one is no text. Received: bytes that are not UTF-8"
+            ) from error
+        for name, output in outputs.items():
+            if max_values is not None and (values := int(tf.size(output))) > max_values:
+                raise RequestError(
+                    f"At most {max_values} values in an output; ask for fewer rows. "
+                    f"Received: a request that makes {values} values of {name!r}",
+                    413,
+                )
         return {name: np.asarray(output.numpy()) for name, output in outputs.items()}
 
     def metadata(self, name: str) -> dict[str, Any]:
         """The answer to `GET /v1/models/<name>/metadata`."""
         signatures = {
             key: {
-                "inputs": {port: _tensor_info(info) for port, info in sorted(signature.inputs.items())},
-                "outputs": {port: _tensor_info(info) for port, info in sorted(signature.outputs.items())},
+                "inputs": {field: _tensor_info(info) for field, info in sorted(signature.inputs.items())},
+                "outputs": {field: _tensor_info(info) for field, info in sorted(signature.outputs.items())},
                 "method_name": signature.method_name,
             }
             for key, signature in sorted(self._proto.meta_graphs[0].signature_def.items())
@@ -138,6 +219,11 @@ def _entry(described: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A part of what `signatures.json` says; nothing where it says nothing that can be used."""
     entry = described.get(name)
     return entry if isinstance(entry, dict) else {}
+
+
+def _count(value: Any) -> int:
+    """A number of things; 0 of what is none."""
+    return value if type(value) is int and value > 0 else 0
 
 
 def _text(described: Mapping[str, Any]) -> str:

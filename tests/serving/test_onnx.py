@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,19 +12,25 @@ import onnxruntime
 import pytest
 from keras import ops
 
+from mvke_tf.cli import main
 from mvke_tf.config import ModelConfig
+from mvke_tf.errors import ConfigError, MissingExtraError
 from mvke_tf.layers import FieldEmbedding
-from mvke_tf.models import MODELS, build_model
-from mvke_tf.models.two_tower import build_two_tower, outputs_of_products, tag_vectors, user_networks
-from mvke_tf.onnx_export import OnnxError, _GatheredEmbedding, export_onnx
+from mvke_tf.models import MODELS, TwoTowerModel, build_model
+from mvke_tf.models.two_tower import build_two_tower, tag_vectors, task_networks
 from mvke_tf.run import Run
-from mvke_tf.schema import CTR_CVR, Feature, Schema, Task
-from tests.conftest import REPOSITORY
+from mvke_tf.schema import Feature, Schema, Task
+from mvke_tf.serving.onnx import OnnxError, _GatheredEmbedding, export_onnx
+from tests.serving.helpers import pair_rows
 
-SCRIPT = REPOSITORY / "scripts" / "export_onnx.py"
-FEATURES = ("user_id", "recent_items", "item_id", "genres")
-SMALL = {"embedding_dim": 8, "hidden_dims": (8,), "kernel_stddev": 1.0, "embedding_stddev": 1.0}
-THREE_TASKS = (Task("ctr"), Task("cvr", given="ctr"), Task("rating", kind="regression", offset=3.5))
+FEATURES = ("user", "recent_items", "mean_stars", "item", "tags", "price")
+SMALL = {"embedding_dim": 8, "hidden_dims": (8,), "virtual_kernel_stddev": 1.0, "embedding_stddev": 1.0}
+TWO_TASKS = (Task("click"), Task("buy"))
+THREE_TASKS = (
+    Task("click"),
+    Task("buy", given="click"),
+    Task("revenue", kind="regression", offset=3.5, transform="log1p"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,30 +42,28 @@ def run(tiny_run_template) -> Run:
 @pytest.fixture(scope="module")
 def rows(run) -> dict[str, np.ndarray]:
     """Encoded rows of all pairs of the test part; the first list of each kind holds one value several times."""
-    part = run.prepared.part("test")
-    rows = {name: column[part.user_rows] for name, column in part.users.items()}
-    rows |= {name: column[part.item_rows] for name, column in part.items.items()}
+    rows = pair_rows(run.prepared, "test", kind="encoded")
     rows = {name: column for name, column in rows.items() if name.removesuffix("_weights") in FEATURES}
-    for name in ("recent_items", "genres"):
+    for name in ("recent_items", "tags"):
         rows[name] = rows[name].copy()
-        rows[name][0] = rows[name][0, 0]
+        rows[name][0] = max(1, rows[name][0, 0])
         rows[name + "_weights"] = rows[name + "_weights"].copy()
         rows[name + "_weights"][0] = np.arange(1, 1 + rows[name].shape[1])
     return rows
 
 
-def small_model(run: Run, name: str, tasks: tuple[Task, ...]) -> keras.Model:
+def small_model(run: Run, name: str, tasks: tuple[Task, ...]) -> TwoTowerModel:
     """On some of the features only: tf2onnx takes its time for each."""
     keras.utils.set_random_seed(1)
-    features = [feature for feature in run.prepared.schema.features if feature.name in FEATURES]
+    features = [feature for feature in run.prepared.schema().features if feature.name in FEATURES]
     features = [dataclasses.replace(feature, unknown_group=None) for feature in features]
     return build_model(name, Schema(features, tasks), ModelConfig(name=name, num_experts=4, **SMALL))
 
 
 def run_onnx(path: Path, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    outputs = session.run(None, {port.name: rows[port.name] for port in session.get_inputs()})
-    return dict(zip([port.name for port in session.get_outputs()], outputs, strict=True))
+    outputs = session.run(None, {value.name: rows[value.name] for value in session.get_inputs()})
+    return dict(zip([value.name for value in session.get_outputs()], outputs, strict=True))
 
 
 def assert_equal(received: dict, expected: dict) -> None:
@@ -77,13 +79,13 @@ def exported(run, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     models = {}
 
-    def export(name: str, *parts: str) -> tuple[keras.Model, Path]:
+    def export(name: str, *components: str) -> tuple[TwoTowerModel, Path]:
         if name not in models:
             models[name] = small_model(run, name, THREE_TASKS[:1] if name == "single_task" else THREE_TASKS)
-        for part in parts:
-            path = folder / name / f"{part}.onnx"
+        for component in components:
+            path = folder / name / f"{component}.onnx"
             if not path.exists():
-                assert export_onnx(models[name], path, rows, part) == path
+                assert export_onnx(models[name], path, rows, component) == path
         return models[name], folder / name
 
     return export
@@ -103,8 +105,10 @@ def test_products_of_the_towers_give_the_outputs_of_the_model(exported, rows):
     model, folder = exported("mvke", "user", "item")
     users, items = run_onnx(folder / "user.onnx", rows), run_onnx(folder / "item.onnx", rows)
     products = {task: (users[task] * items[task]).sum(axis=1, keepdims=True) for task in users}
-    assert_equal(outputs_of_products(model, products), model(rows, training=False))
-    inputs = {part: {port.name for port in onnx.load(folder / f"{part}.onnx").graph.input} for part in ("user", "item")}
+    assert_equal(model.outputs_of_products(products), model(rows, training=False))
+    inputs = {
+        side: {value.name for value in onnx.load(folder / f"{side}.onnx").graph.input} for side in ("user", "item")
+    }
     assert inputs["user"] | inputs["item"] == set(model.input) and not inputs["user"] & inputs["item"]
 
 
@@ -114,25 +118,28 @@ def test_the_description_says_names_dtypes_shapes_and_kinds(exported):
     proto = onnx.load(folder / "model.onnx")
     assert {entry.key: json.loads(entry.value) for entry in proto.metadata_props} == {"mvke_tf": described}
     assert described["tasks"] == {
-        "ctr": {"kind": "binary"},
-        "cvr": {"kind": "binary", "given": "ctr"},
-        "rating": {"kind": "regression", "offset": 3.5},
+        "click": {"kind": "binary"},
+        "buy": {"kind": "binary", "given": "click"},
+        "revenue": {"kind": "regression", "offset": 3.5, "transform": "log1p"},
     }
-    assert described["outputs"]["rating"]["description"] == "value, in the unit of the label"
+    assert described["outputs"]["revenue"]["description"] == "log(1 + value), the value in the unit of the label"
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     types = {"int32": "tensor(int32)", "float32": "tensor(float)"}
-    for ports, side in ((session.get_inputs(), "inputs"), (session.get_outputs(), "outputs")):
-        actual = {port.name: (port.type, port.shape) for port in ports}
+    for values, side in ((session.get_inputs(), "inputs"), (session.get_outputs(), "outputs")):
+        actual = {value.name: (value.type, value.shape) for value in values}
         assert actual == {
-            name: (types[port["dtype"]], ["batch" if size == -1 else size for size in port["shape"]])
-            for name, port in described[side].items()
+            name: (types[field["dtype"]], ["batch" if size == -1 else size for size in field["shape"]])
+            for name, field in described[side].items()
         }
     assert described["inputs"]["recent_items"] == {
         **{"dtype": "int32", "shape": [-1, 5], "description": "encoded; index 0 is unknown"}
     }
-    assert described["inputs"]["genres_weights"]["description"] == "weight of each slot; 0 is an empty slot"
+    assert described["inputs"]["tags_weights"]["description"] == "weight of each slot; 0 is an empty slot"
+    dense = "encoded; the first entry is 1, and all others 0, where the value is unknown"
+    assert described["inputs"]["mean_stars"] == {"dtype": "float32", "shape": [-1, 2], "description": dense}
+    assert described["inputs"]["price"] == {"dtype": "float32", "shape": [-1, 5], "description": dense}
     vectors = json.loads((folder / "item.json").read_text(encoding="utf-8"))
-    assert (vectors["part"], vectors["outputs"]["ctr"]["description"]) == ("item", "item vector")
+    assert (vectors["component"], vectors["outputs"]["click"]["description"]) == ("item", "item vector")
 
 
 class InverseError(keras.layers.Layer):
@@ -142,11 +149,11 @@ class InverseError(keras.layers.Layer):
 
 def test_an_operation_that_onnx_lacks_is_named_and_nothing_is_written(tmp_path):
     def towers(user_fields, item_fields, tasks, config):
-        return user_networks(InverseError(name="odd_layer")(user_fields), tasks, config), tag_vectors(
-            item_fields, tasks, config
-        )
+        fields = InverseError(name="odd_layer")(user_fields)
+        users = task_networks(fields, tasks, config, "user_towers", "user_vector_{task}")
+        return users, tag_vectors(item_fields, tasks, config)
 
-    schema = Schema((Feature("user_id", "user", 5), Feature("item_id", "item", 5)), (Task("ctr"),))
+    schema = Schema((Feature("user_id", "user", 5), Feature("item_id", "item", 5)), (Task("click"),))
     model = build_two_tower(schema, ModelConfig(**SMALL), towers)
     (tmp_path / "model.onnx").write_text("as it was")
     rows = {"user_id": np.arange(5), "item_id": np.arange(5)}
@@ -158,8 +165,8 @@ def test_an_operation_that_onnx_lacks_is_named_and_nothing_is_written(tmp_path):
 def test_an_operation_that_means_something_else_is_refused(run, rows, tmp_path, monkeypatch):
     """tf2onnx's scatter keeps the last of several equal indices, where TensorFlow's sums."""
     monkeypatch.setattr(_GatheredEmbedding, "call", FieldEmbedding.call)
-    with pytest.raises(OnnxError, match=r"must agree to 1e-05.*differences of up to {'ctr'"):
-        export_onnx(small_model(run, "hard_sharing", CTR_CVR), tmp_path / "model.onnx", rows)
+    with pytest.raises(OnnxError, match=r"must agree to 1e-05.*differences of up to {'"):
+        export_onnx(small_model(run, "hard_sharing", TWO_TASKS), tmp_path / "model.onnx", rows)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,31 +174,31 @@ def test_half_precision_is_refused(run, rows, tmp_path):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        model = small_model(run, "hard_sharing", CTR_CVR)
+        model = small_model(run, "hard_sharing", TWO_TASKS)
     finally:
         keras.config.set_dtype_policy(before)
-    with pytest.raises(OnnxError, match=r"Only float32 .* Received: half precision in embedding_genres and"):
+    with pytest.raises(OnnxError, match=r"Only float32 .* Received: half precision in embedding_"):
         export_onnx(model, tmp_path / "model.onnx", rows)
 
 
 def test_bad_arguments_are_refused(run, rows, tmp_path, monkeypatch):
-    model = small_model(run, "hard_sharing", CTR_CVR)
-    with pytest.raises(ValueError, match=r"`part` must be one of .* Received: 'gate'"):
+    model = small_model(run, "hard_sharing", TWO_TASKS)
+    with pytest.raises(ConfigError, match=r"component must be one of .* Received: 'gate'"):
         export_onnx(model, tmp_path / "model.onnx", rows, "gate")
-    with pytest.raises(ValueError, match=r"ends in \.onnx\. Received: .*model\.tflite"):
+    with pytest.raises(ConfigError, match=r"ends in \.onnx\. Received: .*model\.tflite"):
         export_onnx(model, tmp_path / "model.tflite", rows)
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'mvke_tf\[onnx\]'"):
+        export_onnx(model, tmp_path / "model.onnx", rows)
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    with pytest.raises(ValueError, match="KERAS_BACKEND=tensorflow"):
+    with pytest.raises(ConfigError, match="KERAS_BACKEND=tensorflow"):
         export_onnx(model, tmp_path / "model.onnx", rows)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_script_exports_parts_of_a_run(tiny_run, tmp_path, monkeypatch, capsys):
-    arguments = ["--checkpoint_path", str(tiny_run.folder), "--part", "item", "item"]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_the_command_exports_components_of_a_run(tiny_run, capsys):
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        main(["onnx", str(tiny_run.folder), "--component", "item", "item"])
     assert ended.value.code == 0
     folder = tiny_run.folder / "onnx"
     assert sorted(path.name for path in folder.iterdir()) == ["item.json", "item.onnx"]
@@ -200,16 +207,5 @@ def test_script_exports_parts_of_a_run(tiny_run, tmp_path, monkeypatch, capsys):
         f"ONNX: {folder / 'item.onnx'}   (its inputs and outputs: {folder / 'item.json'})",
         "onnxruntime and Keras agree to 1e-05 on rows of the test part.",
     ]
-    part = tiny_run.prepared.part("test")
-    items = {name: np.asarray(column) for name, column in part.items.items()}
-    vectors = run_onnx(folder / "item.onnx", items)
-    assert {task: vector.shape for task, vector in vectors.items()} == {"ctr": (30, 24), "cvr": (30, 32)}
-
-
-@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--checkpoint_path", "nowhere"], 2)])
-def test_script_answers_without_tensorflow(arguments, status):
-    code = "import runpy, sys; sys.modules['tensorflow'] = sys.modules['keras'] = None; sys.argv = sys.argv[1:]; "
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
-    assert done.returncode == status, done.stderr
-    assert ("--onnx_path" if status == 0 else "there is nothing at nowhere") in done.stdout + done.stderr
+    vectors = run_onnx(folder / "item.onnx", tiny_run.prepared.items.encoded)
+    assert {task: vector.shape for task, vector in vectors.items()} == {"click": (30, 24), "buy": (30, 32)}
