@@ -12,15 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mvke_tf.config import BASELINE_NAMES, RunConfig
+from mvke_tf.experiments.significance import holm, mean_interval, paired_p_value
 from mvke_tf.models import READERS
-from mvke_tf.statistics import holm, mean_interval, paired_p_value
 
 REFERENCE = "single_task"
 SIGNIFICANT = 0.05
 # Of each metric its name in tables, and whether more is better.
 METRICS = {
     "auc": ("AUC", True),
-    "auc_clicked": ("AUC of clicked", True),
+    "auc_given": ("AUC given the event before", True),
     "rmse": ("RMSE", False),
     "gauc": ("GAUC", True),
     "accuracy": ("accuracy", True),
@@ -30,7 +30,7 @@ METRICS = {
     "calibration_error": ("calibration error", False),
 }
 # Metrics that say how well a task is learned, for the first table, the picture and the verdict.
-HEADLINE = ("auc", "auc_clicked", "rmse")
+HEADLINE = ("auc", "auc_given", "rmse")
 MEAN_AUC = "mean_auc"
 
 
@@ -51,12 +51,12 @@ def summary(results: pd.DataFrame, models: Sequence[str], tasks: Sequence[str]) 
     """One row per model: what it reaches on the test part, and whether that differs from single-task learning.
 
     Args:
-        results: Rows of `mvke_tf.comparison.result_row`.
+        results: Rows of `mvke_tf.experiments.compare.result_row`.
         models: Names of the models, in the order of the table.
         tasks: Names of the tasks.
 
     Returns:
-        `model`; `seeds`; `parameters` and `rows_per_second`, medians over the seeds; `epochs`, their mean; and for
+        `model`; `seeds`; `parameters` and `examples_per_second`, medians over the seeds; `epochs`, their mean; and for
         every measure `<task>_<metric>` its mean over the seeds, and `<task>_<metric>_ci95`, `_difference` and `_p`: the
         half width of the 95 % confidence interval (Student's t), the mean difference to single_task of the same seeds,
         and the p-value of the two-sided paired t-test of this difference, after Holm's correction over all models of
@@ -68,7 +68,7 @@ def summary(results: pd.DataFrame, models: Sequence[str], tasks: Sequence[str]) 
             "model": model,
             "seeds": len(rows),
             "parameters": rows["parameters"].median(),
-            "rows_per_second": rows["rows_per_second"].astype(float).median(),
+            "examples_per_second": rows["examples_per_second"].astype(float).median(),
             "epochs": rows["epochs"].mean(),
         }
         for model, rows in by_model.items()
@@ -134,7 +134,7 @@ def markdown(table: pd.DataFrame, title: str, settings: Mapping[str, Mapping[str
             row["model"],
             *(_interval(row, name) for name in headline),
             f"{row['parameters']:,.0f}",
-            "-" if math.isnan(row["rows_per_second"]) else f"{row['rows_per_second']:,.0f}",
+            "-" if math.isnan(row["examples_per_second"]) else f"{row['examples_per_second']:,.0f}",
             f"{row['epochs']:.1f}",
         ]
         for _, row in table.iterrows()

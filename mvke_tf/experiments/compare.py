@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,17 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from mvke_tf.baselines import check_baseline, run_baseline
-from mvke_tf.comparison_tables import comparison_figure, markdown, own_settings, summary
 from mvke_tf.config import BASELINE_NAMES, RunConfig, TrainingConfig
-from mvke_tf.data.prepared import Prepared, prepare_movielens
+from mvke_tf.data.store import PreparedDataset
+from mvke_tf.errors import ConfigError, RunError
 from mvke_tf.evaluation import evaluate_model
+from mvke_tf.experiments.baselines import check_baseline, run_baseline
+from mvke_tf.experiments.compare_tables import comparison_figure, markdown, own_settings, summary
+from mvke_tf.experiments.runs import configs_of_runs, finished_run
 from mvke_tf.figures import save_figure
-from mvke_tf.files import write_json, written_whole
-from mvke_tf.finished_runs import configs_of_runs, finished_run
+from mvke_tf.io import atomic_write, write_json
 from mvke_tf.models import check_model
-from mvke_tf.run import Run, RunError
+from mvke_tf.run import Run
 
 PARTS = ("validation", "test")
 # What one model of the comparison need not share with every other, beside the shape of the model.
@@ -48,22 +49,22 @@ class Comparison:
         folder: Where everything is kept.
         configs: `{model: settings}`, in the order of the table, for networks and baselines alike; names and seeds in
             them have no influence. They may differ in the shape of the model, the learning rate and its decay, not in
-            the data, the tasks and the budget (`BUDGET`).
+            the tasks and the budget (`BUDGET`).
         seeds: Seeds per model, 0 to `seeds - 1`.
-        data_dir: Where raw and prepared data are kept.
+        prepared: The data.
     """
 
     folder: Path
     configs: Mapping[str, RunConfig]
     seeds: int
-    data_dir: Path = Path("data")
+    prepared: PreparedDataset
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
         configs = {model: _of_model(model, config, 0) for model, config in self.configs.items()}
         object.__setattr__(self, "configs", configs)
         if not configs or self.seeds < 1:
-            raise ValueError(
+            raise ConfigError(
                 "A comparison needs at least one model and one seed. "
                 f"Received: models={list(configs)}, seeds={self.seeds}"
             )
@@ -73,14 +74,9 @@ class Comparison:
         _check_same_budget(configs)
 
     @property
-    def data(self) -> Any:
-        """Settings of the data, which are those of every model."""
-        return next(iter(self.configs.values())).data
-
-    @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks, which are those of every model."""
-        return next(iter(self.configs.values())).model.tasks
+        return self.prepared.task_names(next(iter(self.configs.values())).model.tasks)
 
     def run(self) -> pd.DataFrame:
         """Does what is missing: trains, evaluates, and writes tables and picture after every seed.
@@ -96,12 +92,9 @@ class Comparison:
             ValueError: If a baseline cannot be fitted (`check_baseline`), or training fails (`TrainingError`).
         """
         self._claim_folder()
-        prepared_file = prepare_movielens(self.data_dir, self.data)
-        if set(self.configs) & set(BASELINE_NAMES):
-            prepared = Prepared.load(prepared_file)
-            for model in self.configs:
-                if model in BASELINE_NAMES:
-                    check_baseline(model, prepared, self.tasks)
+        for model in self.configs:
+            if model in BASELINE_NAMES:
+                check_baseline(model, self.prepared, self.tasks)
         steps = [(model, seed) for seed in range(self.seeds) for model in self.configs if _has_seed(model, seed)]
         rows = []
         with tqdm(total=sum(len(self.run_configs(*step)) for step in steps), unit="run") as progress:
@@ -109,7 +102,7 @@ class Comparison:
                 reports, costs = [], []
                 for name, config in self.run_configs(model, seed).items():
                     progress.set_postfix_str(name)
-                    report, cost = self._finished(name, config, prepared_file)
+                    report, cost = self._finished(name, config)
                     reports.append(report)
                     costs.append(cost)
                     progress.update()
@@ -121,7 +114,7 @@ class Comparison:
     def run_configs(self, model: str, seed: int) -> dict[str, RunConfig]:
         """The runs of one model and seed, `{name of the folder: settings}`; see `configs_of_runs`."""
         config = _of_model(model, self.configs[model], seed)
-        return {f"{model}{suffix}-seed{seed}": run for suffix, run in configs_of_runs(config).items()}
+        return {f"{model}{suffix}-seed{seed}": run for suffix, run in configs_of_runs(config, self.tasks).items()}
 
     def _claim_folder(self) -> None:
         """Makes the folder that of this comparison; models and seeds may be added later, nothing else may change."""
@@ -135,6 +128,8 @@ class Comparison:
                 raise RunError(f"{path} is damaged ({error}). Choose another --out or delete the folder.") from error
         for model, config in before.items():
             changed = _differences(config, self.configs.get(model, config))
+            if values.get("data") != self.prepared.digest:
+                changed = f"data were {values.get('data')}, received {self.prepared.digest}; {changed}"
             if changed:
                 raise RunError(
                     f"{self.folder} holds a comparison with other settings. Choose another --out, delete the folder, "
@@ -142,26 +137,26 @@ class Comparison:
                 )
         _check_same_budget({**before, **self.configs})
         models = {model: config.to_dict() for model, config in {**before, **self.configs}.items()}
-        write_json(path, {"models": models})
+        write_json(path, {"data": self.prepared.digest, "models": models})
 
-    def _finished(self, name: str, config: RunConfig, prepared_file: Path) -> tuple[dict, dict]:
+    def _finished(self, name: str, config: RunConfig) -> tuple[dict, dict]:
         """Report and cost of one run, which is made if need be; `cost.json` comes last and marks it as finished."""
         run = Run(self.folder / "runs" / name)
         cost_file = run.folder / "cost.json"
         if not cost_file.is_file():
             if config.model.name in BASELINE_NAMES:
-                _fit_baseline(run, config, Prepared.load(prepared_file))
+                _fit_baseline(run, config, self.prepared, self.tasks)
             else:
-                run = finished_run(config, run.folder, self.data_dir, self.folder / "training.log")
+                run = finished_run(config, run.folder, self.prepared, self.folder / "training.log")
                 model = run.load_model()
                 report: dict[str, Any] = {}
                 for part in PARTS:
-                    report |= evaluate_model(model, run.prepared, part)
+                    report |= evaluate_model(model, self.prepared, part)
                 write_json(run.report_file, report)
                 log = pd.read_csv(run.log_file)
                 cost = {
                     "parameters": model.count_params(),
-                    "rows_per_second": float(log["rows_per_second"].median()),
+                    "examples_per_second": float(log["examples_per_second"].median()),
                     "epochs": len(log),
                 }
                 write_json(cost_file, cost)
@@ -175,10 +170,10 @@ class Comparison:
         """Writes the tables and the picture of the results so far."""
         table = summary(results, list(self.configs), self.tasks)
         for name, frame in (("results.csv", results), ("table.csv", table)):
-            with written_whole(self.folder / name) as temporary:
+            with atomic_write(self.folder / name) as temporary:
                 frame.to_csv(temporary, index=False)
-        title = f"{self.data.protocol}/{self.data.split}"
-        with written_whole(self.folder / "table.md") as temporary:
+        title = self.prepared.dataset.name
+        with atomic_write(self.folder / "table.md") as temporary:
             temporary.write_text(markdown(table, title, own_settings(self.configs)), encoding="utf-8")
         save_figure(comparison_figure(table, title), self.folder / "comparison.png")
         return table
@@ -191,12 +186,12 @@ def result_row(model: str, seed: int, reports: list[dict], costs: list[dict]) ->
         model: Name of the model.
         seed: Its seed.
         reports: Reports of its runs; several where each task has a run of its own.
-        costs: `parameters`, `rows_per_second` and `epochs` of these runs.
+        costs: `parameters`, `examples_per_second` and `epochs` of these runs.
 
     Returns:
         `model`, `seed`, `<part>_<task>_<metric>` of every metric over all users, `<part>_mean_auc`, the mean AUC of the
-        tasks; `parameters` and `epochs`, sums over the runs; `rows_per_second`, the pairs that all runs together learn
-        per second, None where no network was trained.
+        tasks; `parameters` and `epochs`, sums over the runs; `examples_per_second`, the rows that all runs together
+        learn per second, None where no network was trained.
     """
     row: dict[str, Any] = {"model": model, "seed": seed}
     for part in PARTS:
@@ -204,22 +199,22 @@ def result_row(model: str, seed: int, reports: list[dict], costs: list[dict]) ->
         row |= {f"{part}_{task}_{name}": value for task, metrics in tasks.items() for name, value in metrics.items()}
         areas = [metrics["auc"] for metrics in tasks.values() if metrics.get("auc") is not None]
         row[f"{part}_mean_auc"] = float(np.mean(areas)) if areas else None
-    speeds = [cost["rows_per_second"] for cost in costs]
+    speeds = [cost["examples_per_second"] for cost in costs]
     return row | {
         "parameters": sum(cost["parameters"] for cost in costs),
         # A pair has to pass through every run.
-        "rows_per_second": None if None in speeds else 1 / sum(1 / speed for speed in speeds),
+        "examples_per_second": None if None in speeds else 1 / sum(1 / speed for speed in speeds),
         "epochs": sum(cost["epochs"] for cost in costs),
     }
 
 
-def _fit_baseline(run: Run, config: RunConfig, prepared: Prepared) -> None:
-    fitted = run_baseline(config.model.name, prepared, config.model.tasks, PARTS, config.training.seed)
-    with written_whole(run.folder) as folder:
+def _fit_baseline(run: Run, config: RunConfig, prepared: PreparedDataset, tasks: Sequence[str]) -> None:
+    fitted = run_baseline(config.model.name, prepared, tasks, PARTS, config.training.seed)
+    with atomic_write(run.folder) as folder:
         folder.mkdir()
         write_json(folder / "config.json", config.to_dict())
         write_json(folder / "report.json", fitted.report)
-        cost = {"parameters": fitted.parameters, "rows_per_second": None, "epochs": fitted.rounds}
+        cost = {"parameters": fitted.parameters, "examples_per_second": None, "epochs": fitted.rounds}
         write_json(folder / "cost.json", cost)
 
 
@@ -237,12 +232,12 @@ def _of_model(model: str, config: RunConfig, seed: int) -> RunConfig:
 
 
 def _check_same_budget(configs: Mapping[str, RunConfig]) -> None:
-    """Raises a ValueError unless all models learn the same tasks, from the same data, for as long."""
+    """Raises a ConfigError unless all models learn the same tasks for as long."""
     (first, expected), *others = configs.items()
     for model, config in others:
-        for name in ("data", "model.tasks", "model.conversion", *(f"training.{name}" for name in BUDGET)):
+        for name in ("model.tasks", "model.objective", *(f"training.{name}" for name in BUDGET)):
             if _setting(config, name) != _setting(expected, name):
-                raise ValueError(
+                raise ConfigError(
                     f"All models of a comparison need one `{name}`. Received: {_setting(expected, name)} of {first} "
                     f"and {_setting(config, name)} of {model}"
                 )
@@ -260,6 +255,7 @@ def _differences(before: RunConfig, now: RunConfig) -> str:
     changed = [
         f"{section}.{name} was {value}, received {now.to_dict()[section][name]}"
         for section, settings in before.to_dict().items()
+        if isinstance(settings, dict)
         for name, value in settings.items()
         if value != now.to_dict()[section][name]
     ]

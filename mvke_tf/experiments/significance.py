@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+Numbers = Sequence[float] | np.ndarray
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+
+def mean_interval(values: Numbers, confidence: float = 0.95) -> tuple[float, float]:
     """The mean and the half width of its confidence interval by Student's t distribution.
 
     Args:
@@ -19,14 +21,14 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     Returns:
         Mean and half width; the half width of a single value is NaN, and of no value both are.
     """
-    values = np.asarray(values, np.float64)
-    if len(values) < 2:
-        return (float(values[0]) if len(values) else math.nan), math.nan
-    quantile = stats.t.ppf((1 + confidence) / 2, len(values) - 1)
-    return float(values.mean()), float(quantile * values.std(ddof=1) / math.sqrt(len(values)))
+    sample = np.asarray(values, np.float64)
+    if len(sample) < 2:
+        return (float(sample[0]) if len(sample) else math.nan), math.nan
+    quantile = stats.t.ppf((1 + confidence) / 2, len(sample) - 1)
+    return float(sample.mean()), float(quantile * sample.std(ddof=1) / math.sqrt(len(sample)))
 
 
-def paired_p_value(values: Sequence[float], reference: Sequence[float]) -> float:
+def paired_p_value(values: Numbers, reference: Numbers) -> float:
     """The two-sided p-value of the paired t-test that both have one mean.
 
     Args:
@@ -39,19 +41,19 @@ def paired_p_value(values: Sequence[float], reference: Sequence[float]) -> float
     Raises:
         ValueError: If they are not of one length.
     """
-    values, reference = np.asarray(values, np.float64), np.asarray(reference, np.float64)
-    if values.shape != reference.shape:
+    sample, partners = np.asarray(values, np.float64), np.asarray(reference, np.float64)
+    if sample.shape != partners.shape:
         raise ValueError(
-            f"A paired test needs two samples of one length. Received: {len(values)} and {len(reference)} values"
+            f"A paired test needs two samples of one length. Received: {len(sample)} and {len(partners)} values"
         )
-    if len(values) < 2:
+    if len(sample) < 2:
         return math.nan
-    if np.array_equal(values, reference):
+    if np.array_equal(sample, partners):
         return 1.0
-    return float(stats.ttest_rel(values, reference).pvalue)
+    return float(stats.ttest_rel(sample, partners).pvalue)
 
 
-def holm(p_values: Sequence[float]) -> np.ndarray:
+def holm(p_values: Numbers) -> np.ndarray:
     """P-values corrected for the number of tests, after Holm (1979): the chance of one false alarm among all.
 
     The i-th smallest of m is multiplied by `m - i + 1`; none becomes smaller than the one before it, or larger than 1.
@@ -62,10 +64,10 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     Returns:
         `(m,)`, in the same order.
     """
-    p_values = np.asarray(p_values, np.float64)
-    corrected = np.full_like(p_values, math.nan)
-    tested = np.flatnonzero(~np.isnan(p_values))
-    order = tested[np.argsort(p_values[tested], kind="stable")]
-    scaled = p_values[order] * np.arange(len(order), 0, -1)
+    tests = np.asarray(p_values, np.float64)
+    corrected = np.full_like(tests, math.nan)
+    tested = np.flatnonzero(~np.isnan(tests))
+    order = tested[np.argsort(tests[tested], kind="stable")]
+    scaled = tests[order] * np.arange(len(order), 0, -1)
     corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
     return corrected

@@ -6,8 +6,8 @@
     runs/trial-NNN/   one run directory per trial; of single_task one per trial and task, trial-NNN_<task>
     training.log      what training printed
     trials.csv        one row per trial, the best first
-    best_config.json  settings of the best trial, for scripts/train.py --config and scripts/compare_models.py --configs;
-                      of single_task also one file per task, best_config_<task>.json, for scripts/train.py
+    best_config.json  settings of the best trial, for `mvke train --config` and `mvke compare --configs`;
+                      of single_task also one file per task, best_config_<task>.json, for `mvke train`
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from mvke_tf.config import RunConfig
-from mvke_tf.data.movielens import DataError
-from mvke_tf.files import write_json, written_whole
-from mvke_tf.finished_runs import configs_of_runs, finished_run
+from mvke_tf.data.store import PreparedDataset
+from mvke_tf.errors import ConfigError, DataError, MissingExtraError, MvkeError, RunError, TrainingError
+from mvke_tf.experiments.runs import configs_of_runs, finished_run
+from mvke_tf.io import atomic_write, write_json
 from mvke_tf.models import check_model
-from mvke_tf.run import Run, RunError
-from mvke_tf.training import TrainingError
+from mvke_tf.run import Run
 
 OBJECTIVE = "val_score"
 # What is tried of each setting. A width w gives hidden layers of w and w / 2.
@@ -55,38 +55,38 @@ def search_space(model: str, fixed: Collection[str] = ()) -> dict[str, tuple[flo
         fixed: Names of `SPACE` that are left out.
 
     Raises:
-        ValueError: If there is no such model, no such name in `SPACE`, or nothing left to search.
+        ConfigError: If there is no such model, no such name in `SPACE`, or nothing left to search.
     """
     check_model(model)
     if unknown := set(fixed) - set(SPACE):
-        raise ValueError(f"Only searched settings can be fixed: {sorted(SPACE)}. Received: {sorted(unknown)}")
+        raise ConfigError(f"Only searched settings can be fixed: {sorted(SPACE)}. Received: {sorted(unknown)}")
     left = {name: values for name, values in SPACE.items() if name not in fixed}
     if model != "mvke":
         left.pop("num_virtual_kernels", None)
     if not left:
-        raise ValueError(f"All settings are given, nothing is left to search. Received: fixed={sorted(fixed)}")
+        raise ConfigError(f"All settings are given, nothing is left to search. Received: fixed={sorted(fixed)}")
     return left
 
 
 def trial_config(base: RunConfig, values: dict[str, float]) -> RunConfig:
     """The settings of one trial: `base`, with one value of each dimension of `search_space`."""
-    values: dict[str, Any] = dict(values)
+    chosen: dict[str, Any] = dict(values)
     training = base.training
-    if "learning_rate" in values:
-        training = dataclasses.replace(training, learning_rate=values.pop("learning_rate"))
-    if "hidden_width" in values:
-        width = values.pop("hidden_width")
-        values["hidden_dims"] = (width, width // 2)
-    model = dataclasses.replace(base.model, **values)
+    if "learning_rate" in chosen:
+        training = dataclasses.replace(training, learning_rate=chosen.pop("learning_rate"))
+    if "hidden_width" in chosen:
+        width = chosen.pop("hidden_width")
+        chosen["hidden_dims"] = (width, width // 2)
+    model = dataclasses.replace(base.model, **chosen)
     return dataclasses.replace(base, model=model, training=training)
 
 
 def tune(
+    prepared: PreparedDataset,
     base: RunConfig,
     folder: Path,
     trials: int,
     tuner: str = "random",
-    data_dir: Path = Path("data"),
     fixed: Collection[str] = (),
 ) -> pd.DataFrame:
     """Searches the settings with the best validation score (of the best epoch of a run) and keeps every run.
@@ -99,11 +99,11 @@ def tune(
     starting points. A trial whose loss became NaN or infinite is left out.
 
     Args:
+        prepared: The data.
         base: All other settings; the model's name says what is searched, the seed serves search and training.
         folder: Where everything is kept.
         trials: Number of trials in all; a random search ends earlier when nothing is left to try.
         tuner: `"random"` or `"bayesian"`.
-        data_dir: Where raw and prepared data are kept.
         fixed: Names of `SPACE` that are not searched and stay as they are in `base`.
 
     Returns:
@@ -113,15 +113,17 @@ def tune(
     Raises:
         RunError: If the folder holds another search.
         TrainingError: If no trial could be trained.
-        ValueError: If KerasTuner is not installed, the tuner or the model is unknown, or nothing is left to search.
+        MissingExtraError: If KerasTuner is not installed.
+        ConfigError: If the tuner or the model is unknown, or nothing is left to search.
     """
     check_model(base.model.name)
     library = _keras_tuner()
     space = search_space(base.model.name, fixed)
     if tuner not in TUNERS:
-        raise ValueError(f"Unknown tuner. Expected one of {sorted(TUNERS)}. Received: {tuner!r}")
+        raise ConfigError(f"Unknown tuner. Expected one of {sorted(TUNERS)}. Received: {tuner!r}")
     folder = Path(folder)
-    _claim_folder(folder / "tuning.json", base, space, tuner)
+    tasks = prepared.task_names(base.model.tasks)
+    _claim_folder(folder / "tuning.json", base, space, tuner, prepared.digest)
     hyperparameters = library.HyperParameters()
     for name, values in space.items():
         hyperparameters.Choice(name, list(values))
@@ -144,11 +146,12 @@ def tune(
             trial.status = "COMPLETED"
             if trial.score is None:
                 try:
-                    score = _run_trial(trial_config(base, trial.hyperparameters.values), folder, trial, data_dir)
+                    config = trial_config(base, trial.hyperparameters.values)
+                    score = _run_trial(config, folder, trial, prepared)
                     oracle.update_trial(trial.trial_id, {OBJECTIVE: score})
                 except (DataError, RunError):
                     raise
-                except ValueError as error:
+                except MvkeError as error:
                     # Diverged, or a shape that cannot be built, as more kept kernels than a task sees.
                     trial.status, trial.message = "FAILED", str(error)
                     progress.write(f"{_name(trial)} failed: {error}")
@@ -160,20 +163,20 @@ def tune(
     if not done:
         raise TrainingError(f"No trial could be trained, see {folder / 'training.log'}. Received: {trials} trials")
     best = trial_config(base, done[0].hyperparameters.values)
-    for suffix, config in {**configs_of_runs(best), "": best}.items():
+    for suffix, config in {**configs_of_runs(best, tasks), "": best}.items():
         write_json(folder / f"best_config{suffix}.json", config.to_dict())
-    table = pd.DataFrame(_row(base, trial, folder) for trial in done)
-    with written_whole(folder / "trials.csv") as temporary:
+    table = pd.DataFrame(_row(base, tasks, trial, folder) for trial in done)
+    with atomic_write(folder / "trials.csv") as temporary:
         table.to_csv(temporary, index=False)
     return table
 
 
-def _run_trial(config: RunConfig, folder: Path, trial: Any, data_dir: Path) -> float:
+def _run_trial(config: RunConfig, folder: Path, trial: Any, prepared: PreparedDataset) -> float:
     """Trains, or finishes, the runs of a trial; returns the mean of their best validation scores."""
     scores = []
-    for suffix, run_config in configs_of_runs(config).items():
+    for suffix, run_config in configs_of_runs(config, prepared.task_names(config.model.tasks)).items():
         place = folder / "runs" / f"{_name(trial)}{suffix}"
-        run = finished_run(run_config, place, data_dir, folder / "training.log")
+        run = finished_run(run_config, place, prepared, folder / "training.log")
         scores.append(pd.read_csv(run.log_file)[OBJECTIVE].max())
     return float(np.mean(scores))
 
@@ -182,10 +185,10 @@ def _name(trial: Any) -> str:
     return f"trial-{int(trial.trial_id):03d}"
 
 
-def _row(base: RunConfig, trial: Any, folder: Path) -> dict[str, Any]:
+def _row(base: RunConfig, tasks: Sequence[str], trial: Any, folder: Path) -> dict[str, Any]:
     logs = [
         pd.read_csv(Run(folder / "runs" / f"{_name(trial)}{suffix}").log_file)[OBJECTIVE]
-        for suffix in configs_of_runs(base)
+        for suffix in configs_of_runs(base, tasks)
     ]
     return {
         "trial": _name(trial),
@@ -196,10 +199,10 @@ def _row(base: RunConfig, trial: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def _claim_folder(path: Path, base: RunConfig, space: dict[str, Any], tuner: str) -> None:
+def _claim_folder(path: Path, base: RunConfig, space: dict[str, Any], tuner: str, data: str) -> None:
     """Makes the folder that of this search; only the number of trials may change later."""
     # Through JSON, which knows no tuples.
-    wanted = json.loads(json.dumps({"tuner": tuner, "space": space, "base": base.to_dict()}))
+    wanted = json.loads(json.dumps({"tuner": tuner, "space": space, "data": data, "base": base.to_dict()}))
     if path.is_file():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -218,7 +221,7 @@ def _keras_tuner() -> Any:
         import keras_tuner
         import keras_tuner.engine.base_tuner
     except ImportError as error:
-        raise ValueError(
-            f"The search needs the package KerasTuner: pip install '.[tune]'. Received: {error}"
+        raise MissingExtraError(
+            f"The search needs the package KerasTuner: pip install 'mvke_tf[tune]'. Received: {error}"
         ) from error
     return keras_tuner

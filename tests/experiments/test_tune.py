@@ -1,27 +1,27 @@
 import argparse
 import dataclasses
 import json
-import runpy
 import sys
 
 import pandas as pd
 import pytest
 import tensorflow as tf
 
-import mvke_tf.tuning
+import mvke_tf.experiments.tune
+from mvke_tf import cli
 from mvke_tf.cli import add_settings, read_settings
-from mvke_tf.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from mvke_tf.data.prepared import prepare, prepared_path
-from mvke_tf.run import Run, RunError
-from mvke_tf.training import TrainingError
-from mvke_tf.tuning import search_space, trial_config, tune
-from tests.conftest import REPOSITORY, random_movielens
+from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
+from mvke_tf.data.declaration import Dataset
+from mvke_tf.data.preparation import prepared_dataset
+from mvke_tf.errors import ConfigError, MissingExtraError, RunError, TrainingError
+from mvke_tf.experiments.tune import search_space, trial_config, tune
+from mvke_tf.run import Run
+from tests.small import small_prepared, small_toml
 
 pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`")
 BASE = RunConfig(
-    data=DataConfig(history_length=5),
     model=ModelConfig(name="shared_bottom", embedding_stddev=1.0),
-    training=TrainingConfig(epochs=1, batch_size=128, distinct=True, seed=3),
+    training=TrainingConfig(epochs=1, batch_size=128, seed=3),
 )
 
 
@@ -34,11 +34,19 @@ def eager():
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory):
+def data(tmp_path_factory):
+    """The small dataset as `mvke tune --data` prepares it: the declaration, and the prepared data."""
+    folder = tmp_path_factory.mktemp("data")
+    path = small_toml(folder)
+    return path, prepared_dataset(Dataset.from_toml(path), folder / "data")
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, data):
     """A search of two trials, killed in the second and then finished: folder, table, trained configs of each call."""
     folder = tmp_path_factory.mktemp("tuning")
-    prepare(random_movielens(), BASE.data).save(prepared_path(folder / "data", BASE.data))
-    whole = mvke_tf.tuning.finished_run
+    _, prepared = data
+    whole = mvke_tf.experiments.tune.finished_run
     calls = []
 
     def recorded(config, *rest):
@@ -48,12 +56,12 @@ def searched(tmp_path_factory):
         return whole(config, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mvke_tf.tuning, "finished_run", recorded)
+        patch.setattr(mvke_tf.experiments.tune, "finished_run", recorded)
         with pytest.raises(KeyboardInterrupt):
-            tune(BASE, folder / "out", 2, data_dir=folder / "data")
-        table = tune(BASE, folder / "out", 2, data_dir=folder / "data")
+            tune(prepared, BASE, folder / "out", 2)
+        table = tune(prepared, BASE, folder / "out", 2)
         # Nothing is left to do.
-        assert tune(BASE, folder / "out", 2, data_dir=folder / "data").equals(table)
+        assert tune(prepared, BASE, folder / "out", 2).equals(table)
     return folder, table, calls
 
 
@@ -79,7 +87,7 @@ def test_trials_are_the_runs(searched):
 def test_the_best_configuration_is_a_file_for_train(searched):
     folder, table, _ = searched
     parser = argparse.ArgumentParser()
-    add_settings(parser, "data", "model", "training")
+    add_settings(parser, "model", "training")
     config = read_settings(parser.parse_args([]), folder / "out" / "best_config.json")
     assert config == Run(folder / "out" / "runs" / table["trial"][0]).config
     assert config.training.seed == 3 and config.model.name == "shared_bottom"
@@ -88,7 +96,7 @@ def test_the_best_configuration_is_a_file_for_train(searched):
 def test_another_search_in_the_folder_is_refused(searched):
     folder, *_ = searched
     with pytest.raises(RunError, match="holds another search"):
-        tune(BASE, folder / "out", 2, tuner="bayesian", data_dir=folder / "data")
+        tune(small_prepared(), BASE, folder / "out", 2, tuner="bayesian")
     assert json.loads((folder / "out" / "tuning.json").read_text())["tuner"] == "random"
 
 
@@ -101,17 +109,17 @@ def test_the_space_is_the_guides():
         "dropout_rate": (0.1, 0.3, 0.5),
     }
     assert set(search_space("mvke")) - set(search_space("mmoe")) == {"num_virtual_kernels"}
-    with pytest.raises(ValueError, match="Unknown model"):
+    with pytest.raises(ConfigError, match="Unknown model"):
         search_space("mvk")
-    with pytest.raises(ValueError, match=r"Only searched settings can be fixed: .*Received: \['epochs'\]"):
+    with pytest.raises(ConfigError, match=r"Only searched settings can be fixed: .*Received: \['epochs'\]"):
         search_space("mvke", ["epochs"])
     everything = ["learning_rate", "embedding_dim", "hidden_width", "dropout_rate"]
-    with pytest.raises(ValueError, match="nothing is left to search"):
+    with pytest.raises(ConfigError, match="nothing is left to search"):
         search_space("mmoe", everything)
     assert search_space("mvke", everything) == {"num_virtual_kernels": (3, 5, 8)}
     values = {"learning_rate": 1e-4, "embedding_dim": 32, "num_virtual_kernels": 8, "hidden_width": 128}
     config = trial_config(BASE, {**values, "dropout_rate": 0.5})
-    assert config.training == TrainingConfig(epochs=1, batch_size=128, distinct=True, seed=3, learning_rate=1e-4)
+    assert config.training == TrainingConfig(epochs=1, batch_size=128, seed=3, learning_rate=1e-4)
     assert config.model == dataclasses.replace(
         BASE.model, embedding_dim=32, num_virtual_kernels=8, hidden_dims=(128, 64), dropout_rate=0.5
     )
@@ -128,11 +136,13 @@ def test_the_best_of_many_is_found_and_diverged_ones_are_left_out(tuner, tmp_pat
         seen.append(config)
         return config.model.embedding_dim / 1000 + config.training.learning_rate
 
-    monkeypatch.setattr(mvke_tf.tuning, "_run_trial", score)
+    monkeypatch.setattr(mvke_tf.experiments.tune, "_run_trial", score)
     monkeypatch.setattr(
-        mvke_tf.tuning, "_row", lambda base, trial, folder: {"trial": trial.trial_id, "val_score": trial.score}
+        mvke_tf.experiments.tune,
+        "_row",
+        lambda base, tasks, trial, folder: {"trial": trial.trial_id, "val_score": trial.score},
     )
-    table = tune(BASE, tmp_path, 12, tuner)
+    table = tune(small_prepared(), BASE, tmp_path, 12, tuner)
     assert len(table) == len(seen) < 12
     assert table["val_score"].tolist() == sorted((score(config) for config in list(seen)), reverse=True)
     best = json.loads((tmp_path / "best_config.json").read_text())
@@ -140,48 +150,48 @@ def test_the_best_of_many_is_found_and_diverged_ones_are_left_out(tuner, tmp_pat
 
 
 def test_what_cannot_be_searched_is_explained(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"Expected one of \['bayesian', 'random'\]. Received: 'grid'"):
-        tune(BASE, tmp_path, 2, "grid")
-    with pytest.raises(ValueError, match="Unknown model"):
-        tune(RunConfig(model=ModelConfig(name="tower")), tmp_path, 2)
+    with pytest.raises(ConfigError, match=r"Expected one of \['bayesian', 'random'\]. Received: 'grid'"):
+        tune(small_prepared(), BASE, tmp_path, 2, "grid")
+    with pytest.raises(ConfigError, match="Unknown model"):
+        tune(small_prepared(), RunConfig(model=ModelConfig(name="tower")), tmp_path, 2)
     assert not any(tmp_path.iterdir())
 
     def diverges(*arguments):
         raise TrainingError("The loss became nan.")
 
-    monkeypatch.setattr(mvke_tf.tuning, "_run_trial", diverges)
+    monkeypatch.setattr(mvke_tf.experiments.tune, "_run_trial", diverges)
     with pytest.raises(TrainingError, match="No trial could be trained"):
-        tune(BASE, tmp_path, 5)
+        tune(small_prepared(), BASE, tmp_path, 5)
     monkeypatch.setitem(sys.modules, "keras_tuner", None)
-    with pytest.raises(ValueError, match=r"pip install '\.\[tune\]'"):
-        tune(BASE, tmp_path, 2)
+    with pytest.raises(MissingExtraError, match=r"pip install 'mvke_tf\[tune\]'"):
+        tune(small_prepared(), BASE, tmp_path, 2)
 
 
-def test_a_trial_of_single_task_is_a_run_per_task(searched, tmp_path):
-    folder, *_ = searched
+def test_a_trial_of_single_task_is_a_run_per_task(data, tmp_path):
     base = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, name="single_task"))
-    table = tune(base, tmp_path, 1, data_dir=folder / "data")
-    runs = {task: Run(tmp_path / "runs" / f"trial-000_{task}") for task in ("ctr", "cvr")}
-    assert {task: run.config.model.tasks for task, run in runs.items()} == {"ctr": ("ctr",), "cvr": ("cvr",)}
+    table = tune(data[1], base, tmp_path, 1)
+    runs = {task: Run(tmp_path / "runs" / f"trial-000_{task}") for task in ("click", "buy")}
+    assert {task: run.config.model.tasks for task, run in runs.items()} == {"click": ("click",), "buy": ("buy",)}
     scores = [pd.read_csv(run.log_file)["val_score"].max() for run in runs.values()]
     assert table["val_score"].tolist() == [pytest.approx(sum(scores) / 2, rel=1e-12)]
     assert (table["epochs"][0], table["best_epoch"][0]) == (2, 2)
     best = RunConfig.from_dict(json.loads((tmp_path / "best_config.json").read_text()))
-    assert best.model.tasks == ("ctr", "cvr")  # as a comparison takes it
+    assert best.model.tasks == ()  # as a comparison takes it
     for task, run in runs.items():
         assert RunConfig.from_dict(json.loads((tmp_path / f"best_config_{task}.json").read_text())) == run.config
 
 
-def test_what_is_given_is_not_searched(tmp_path, monkeypatch, capsys):
+def test_what_is_given_is_not_searched(data, tmp_path, monkeypatch, capsys):
+    path, _ = data
     seen = []
-    monkeypatch.setattr(mvke_tf.tuning, "_run_trial", lambda config, *rest: seen.append(config) or 0.5)
-    monkeypatch.setattr(mvke_tf.tuning, "_row", lambda base, trial, folder: trial.hyperparameters.values)
-    script = str(REPOSITORY / "scripts" / "tune.py")
+    monkeypatch.setattr(mvke_tf.experiments.tune, "_run_trial", lambda config, *rest: seen.append(config) or 0.5)
+    monkeypatch.setattr(
+        mvke_tf.experiments.tune, "_row", lambda base, tasks, trial, folder: trial.hyperparameters.values
+    )
     given = ["--learning_rate=2e-3", "--hidden_dims", "48", "24", "--embedding_dim=16", "--model=mvke"]
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "argv", [script, *given, f"--out={tmp_path}", "--trials=4"])
+    where = ["--data", str(path), "--data_dir", str(path.parent / "data"), f"--out={tmp_path}", "--trials=4"]
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(script, run_name="__main__")
+        cli.main(["tune", *given, *where])
     assert ended.value.code == 0, capsys.readouterr()
     assert {(run.training.learning_rate, run.model.hidden_dims, run.model.embedding_dim) for run in seen} == {
         (2e-3, (48, 24), 16)
@@ -189,16 +199,15 @@ def test_what_is_given_is_not_searched(tmp_path, monkeypatch, capsys):
     assert len({(run.model.num_virtual_kernels, run.model.dropout_rate) for run in seen}) == 4
 
 
-def test_the_script_prints_the_table(searched, monkeypatch, capsys):
+def test_the_command_prints_the_table(searched, data, capsys):
     folder, table, _ = searched
-    script = str(REPOSITORY / "scripts" / "tune.py")
-    settings = ["--model=shared_bottom", "--embedding_stddev=1", "--history_length=5", "--epochs=1", "--batch_size=128"]
-    where = [f"--out={folder / 'out'}", f"--data_dir={folder / 'data'}", "--trials=2", "--seed=3", "--distinct"]
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "argv", [script, *settings, *where])
+    path, _ = data
+    settings = ["--model=shared_bottom", "--embedding_stddev=1", "--epochs=1", "--batch_size=128", "--seed=3"]
+    where = ["--data", str(path), "--data_dir", str(path.parent / "data"), f"--out={folder / 'out'}", "--trials=2"]
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(script, run_name="__main__")
+        cli.main(["tune", *settings, *where])
     output = capsys.readouterr().out
     assert ended.value.code == 0
     assert table.to_string(index=False) in output
-    assert output.endswith(f"Train the best: python scripts/train.py --config {folder / 'out' / 'best_config.json'}\n")
+    best = folder / "out" / "best_config.json"
+    assert output.endswith(f"Next:  mvke train --data {path} --config {best}\n")

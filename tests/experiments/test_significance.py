@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from mvke_tf.statistics import holm, mean_interval, paired_p_value
+from mvke_tf.experiments.significance import holm, mean_interval, paired_p_value
 
 
 def test_interval_by_hand():

@@ -5,9 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from mvke_tf import synthetic_experiment
-from mvke_tf.data.synthetic import two_task_regression
-from mvke_tf.synthetic_experiment import (
+from mvke_tf.experiments import mmoe_paper
+from mvke_tf.experiments.mmoe_paper import (
     MODELS,
     Cell,
     ExperimentConfig,
@@ -18,6 +17,7 @@ from mvke_tf.synthetic_experiment import (
     train_cell,
     verdict,
 )
+from mvke_tf.experiments.two_tasks import two_task_regression
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "scripts" / "synthetic_experiment.py"
@@ -90,7 +90,7 @@ def trained(monkeypatch):
         loss = 1.0 + seed / 10 + list(MODELS).index(model)
         return Cell(model, correlation, seed, 10, (config.steps // 2, config.steps), (9.0, loss))
 
-    monkeypatch.setattr(synthetic_experiment, "train_cell", train)
+    monkeypatch.setattr(mmoe_paper, "train_cell", train)
     return calls
 
 

@@ -20,12 +20,13 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from mvke_tf.data.dataset import without_autotuning
-from mvke_tf.data.synthetic import TwoTaskRegression, two_task_regression
+from mvke_tf.data.batches import without_autotuning
+from mvke_tf.errors import ConfigError, RunError, TrainingError
+from mvke_tf.experiments.significance import mean_interval
+from mvke_tf.experiments.two_tasks import TwoTaskRegression, two_task_regression
 from mvke_tf.figures import line_styles, save_figure
-from mvke_tf.files import write_json, written_whole
+from mvke_tf.io import atomic_write, write_json
 from mvke_tf.models.dense_mmoe import build_mmoe
-from mvke_tf.statistics import mean_interval
 
 NUM_EXPERTS, EXPERT_UNITS, TOWER_UNITS = 8, 16, 8
 MODELS = {"mmoe": "MMoE", "omoe": "one-gate MoE", "shared_bottom": "shared bottom"}
@@ -53,7 +54,7 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         if min(dataclasses.astuple(self)) <= 0 or self.steps % self.points:
-            raise ValueError(f"Settings must be positive, and `points` divide `steps`. Received: {self}")
+            raise ConfigError(f"Settings must be positive, and `points` divide `steps`. Received: {self}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +82,10 @@ def build_experiment_model(name: str, num_features: int = 100) -> keras.Model:
     """One of the three models, `(B, num_features) -> {"task_0": (B, 1), "task_1": (B, 1)}`.
 
     Raises:
-        ValueError: If the name is not one of `MODELS`.
+        ConfigError: If the name is not one of `MODELS`.
     """
     if name not in MODELS:
-        raise ValueError(f"Unknown model. Expected one of {sorted(MODELS)}. Received: {name!r}")
+        raise ConfigError(f"Unknown model. Expected one of {sorted(MODELS)}. Received: {name!r}")
     # Bottom and towers have as many weights as the experts and towers of the other two.
     weights = num_features * EXPERT_UNITS * NUM_EXPERTS + 2 * EXPERT_UNITS * TOWER_UNITS
     if name == "shared_bottom":
@@ -109,7 +110,8 @@ class _TestLoss(keras.callbacks.Callback):
 
     def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
         super().__init__()
-        self.features, self.labels, self.losses = features, labels, []
+        self.features, self.labels = features, labels
+        self.losses: list[float] = []
 
     def on_train_batch_end(self, batch, logs=None):
         outputs = self.model.predict_on_batch(self.features)
@@ -121,7 +123,7 @@ def train_cell(model: str, correlation: float, seed: int, data: TwoTaskRegressio
     """Trains one model; the last `config.test_rows` rows of the data are for the test loss.
 
     Raises:
-        ValueError: If the test loss becomes NaN or infinite.
+        TrainingError: If the test loss becomes NaN or infinite.
     """
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
@@ -139,7 +141,7 @@ def train_cell(model: str, correlation: float, seed: int, data: TwoTaskRegressio
     batches = tf.data.Dataset.from_tensor_slices((data.features[:rows], labels)).batch(config.batch_size)
     built.fit(without_autotuning(batches), shuffle=False, verbose=0, callbacks=[test])
     if not np.isfinite(test.losses).all():
-        raise ValueError(
+        raise TrainingError(
             f"The test loss of {model} at correlation {correlation}, seed {seed}, must be finite; try a lower learning "
             f"rate. Received: {test.losses}"
         )
@@ -165,10 +167,11 @@ def run_experiment(
         All trainings.
 
     Raises:
-        ValueError: If a file there is damaged or of other settings, or there are fewer than two seeds.
+        RunError: If a file there is damaged or of other settings.
+        ConfigError: If there are fewer than two seeds, or no correlation.
     """
     if num_seeds < 2 or not correlations:
-        raise ValueError(
+        raise ConfigError(
             f"Confidence intervals need two seeds or more, at one correlation or more. "
             f"Received: {num_seeds} seeds, correlations {tuple(correlations)}"
         )
@@ -198,9 +201,9 @@ def _read_cell(path: Path, config: ExperimentConfig) -> Cell:
         settings = values.pop("settings")
         cell = Cell(**values | {"steps": tuple(values["steps"]), "losses": tuple(values["losses"])})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged; delete it and run again. Received: {error!r}") from error
+        raise RunError(f"{path} is damaged; delete it and run again. Received: {error!r}") from error
     if settings != dataclasses.asdict(config):
-        raise ValueError(
+        raise RunError(
             f"{path} was made with other settings; choose another folder. "
             f"Expected: {dataclasses.asdict(config)}. Received: {settings}"
         )
@@ -302,7 +305,7 @@ def figure(cells: Sequence[Cell]) -> Figure:
 def write_results(cells: Sequence[Cell], folder: Path) -> tuple[Path, Path]:
     """Writes `results.csv`, one line per training and point, and `figure.png`; returns their paths."""
     table, picture = folder / "results.csv", folder / "figure.png"
-    with written_whole(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["model", "correlation", "seed", "parameters", "step", "test_loss"])
         for cell in cells:
