@@ -4,7 +4,7 @@
 # make notebooks    execute the notebooks in full and write them back
 # make data         obtain and prepare MovieLens-100K
 # make tensorboard  follow the runs
-# make lint         ruff; `make format` mends what it can
+# make lint         ruff and mypy; `make format` mends what ruff can
 # make setup        the virtual environment .venv; PYTHON=python3.12 chooses the interpreter
 # make clean        remove .venv
 SHELL := /bin/bash
@@ -30,8 +30,8 @@ help:
 
 setup: $(VENV)/.installed
 $(VENV)/.installed: $(REQUIREMENTS) requirements-cpu.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there; install Python 3.10 to 3.13"; exit 1; }
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and f"error: Python 3.10 to 3.13 is needed, {sys.executable} is {v}; try make PYTHON=python3.11")'
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there; install Python 3.11 to 3.13"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13) and f"error: Python 3.11 to 3.13 is needed, {sys.executable} is {v}; try make PYTHON=python3.11")'
 	@echo "Installing $(REQUIREMENTS) into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
@@ -51,6 +51,7 @@ train: data
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 format: setup
 	$(VENV)/bin/ruff check --fix .

@@ -15,24 +15,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mvke_tf.cli import add_settings, positive_int, read_settings, run_main
+from mvke_tf.cli import add_data, add_settings, import_tensorflow, positive_int, prepared_of, read_settings, run_main
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="raw and prepared data (default: data)")
+    add_data(parser, sys.argv[1:])
     parser.add_argument("--batch_sizes", nargs="+", type=positive_int, default=[256, 1024, 4096])
     parser.add_argument("--measured_epochs", type=positive_int, default=20)
-    add_settings(parser, "data", "model", "training", without=("batch_size",))
+    add_settings(parser, "model", "training", without=("batch_size",))
     args = parser.parse_args()
     config = read_settings(args)
+    import_tensorflow()
 
     import keras
     import numpy as np
 
-    from mvke_tf.data.dataset import Batches
-    from mvke_tf.data.prepared import Prepared, prepare_movielens
-    from mvke_tf.training import DISTINCT_MULTIPLE, build_training_model, set_seed
+    from mvke_tf.data.batches import Batches
+    from mvke_tf.training.loop import DISTINCT_MULTIPLE, build_training_model, set_seed
 
     class LastBatch(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -40,14 +40,13 @@ def main() -> None:
             float(logs["loss"])
             self.ended = time.perf_counter()
 
-    path = prepare_movielens(args.data_dir, config.data, report=lambda line: print(line, file=sys.stderr))
-    prepared = Prepared.load(path)
+    prepared = prepared_of(args)
+    schema = prepared.schema(config.model.tasks, config.model.objective)
     for batch_size in args.batch_sizes:
         set_seed(config.training)
-        batches = Batches(
-            prepared.part("train", config.model.tasks), batch_size, config.training.distinct, DISTINCT_MULTIPLE
-        )
-        model = build_training_model(config, prepared.schema_for(config.model), batches.steps)[1]
+        data = prepared.part("train", config.model.tasks, config.model.objective)
+        batches = Batches(data, batch_size, config.training.deduplicate, DISTINCT_MULTIPLE)
+        model = build_training_model(config, schema, batches.steps)[1]
         watch, waits, seconds = LastBatch(), [], []
         for number in range(args.measured_epochs):
             started = time.perf_counter()

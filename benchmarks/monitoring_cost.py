@@ -19,13 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mvke_tf.cli import add_settings, read_settings, run_main
+from mvke_tf.cli import add_data, add_settings, import_tensorflow, prepared_of, read_settings, run_main
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="raw and prepared data (default: data)")
-    add_settings(parser, "data", "model", "training")
+    add_data(parser, sys.argv[1:])
+    add_settings(parser, "model", "training")
     args = parser.parse_args()
     config = read_settings(args)
     if args.epochs is None:
@@ -33,11 +33,13 @@ def main() -> None:
     if config.training.epochs < 2:
         parser.error("--epochs must be at least 2: the first one is not part of the share.")
 
+    import_tensorflow()
+
     import keras
     import numpy as np
 
-    from mvke_tf import training
-    from mvke_tf.monitoring import Monitor
+    from mvke_tf.training import loop
+    from mvke_tf.training.monitoring import Monitor
 
     spent: list[float] = []
     epochs: list[float] = []
@@ -70,11 +72,11 @@ def main() -> None:
         write_best(*arguments)
         finishing.append(time.perf_counter() - started)
 
-    write_best = training.write_best
-    training.Monitor, training.write_best = TimedMonitor, timed_write_best
+    write_best = loop.write_best
+    loop.Monitor, loop.write_best = TimedMonitor, timed_write_best
 
     with tempfile.TemporaryDirectory() as folder:
-        training.train(config, "run", args.data_dir, Path(folder), report=lambda line: print(line, file=sys.stderr))
+        loop.train(prepared_of(args), config, "run", runs_dir=Path(folder))
     images = config.training.monitor_images_epochs
     per_epoch = float(np.median(pictures)) / images if pictures else 0.0
     # Epochs in which a picture happened to be drawn are taken without it; every epoch pays its part instead.
@@ -94,7 +96,7 @@ def main() -> None:
                 "once_at_the_end_seconds": [round(seconds, 3) for seconds in finishing],
                 "model": config.model.name,
                 "batch_size": config.training.batch_size,
-                "distinct": config.training.distinct,
+                "deduplicate": config.training.deduplicate,
                 "backend": keras.backend.backend(),
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             }

@@ -1,6 +1,6 @@
-"""Seconds and memory of exact profiles: all users of MovieLens-100K, all items, every task of the model, top 20.
+"""Seconds and memory of exact profiles: all users of a run, all items, every task of the model, top 20.
 
-Prints one JSON line. Times start from encoded tables and end with frames of items, titles and probabilities; they hold
+Prints one JSON line. Times start from encoded tables and end with frames of items, names and probabilities; they hold
 both towers. Memory is the growth of the process while profiles are made and written, beside the model and the tables.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mvke_tf.cli import add_run_arguments, positive_int, run_main
+from mvke_tf.cli import positive_int, run_main
 
 MIB = 2**20
 
@@ -52,7 +52,7 @@ def growth(interval: float = 0.002) -> Iterator[list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_run_arguments(parser)
+    parser.add_argument("--checkpoint_path", type=Path, required=True, metavar="RUN", help="folder of a run")
     parser.add_argument("--top", type=positive_int, default=20, help="ranks per user (default: 20)")
     parser.add_argument("--memory_mb", type=positive_int, default=512, help="bound of memory, in MiB (default: 512)")
     parser.add_argument("--repeats", type=positive_int, default=9, help="warm runs (default: 9)")
@@ -67,12 +67,12 @@ def main() -> None:
     import keras
     import numpy as np
 
-    from mvke_tf.profiles import Catalogue, Profiler, Users
-    from mvke_tf.profiles.files import write_profiles
     from mvke_tf.run import Run
+    from mvke_tf.serving.profiles import Candidates, Profiler, Users
+    from mvke_tf.serving.profiles.files import write_profiles
 
-    run = Run.open(args.checkpoint_path, args.model)
-    model, catalogue, users = run.load_model(), Catalogue.of(run.prepared), Users.of(run.prepared)
+    run = Run.open(args.checkpoint_path)
+    model, candidates, users = run.load_model(), Candidates.of(run.prepared), Users.of(run.prepared)
 
     def profile() -> tuple[float, dict]:
         started = time.perf_counter()
@@ -81,7 +81,7 @@ def main() -> None:
 
     with growth() as first_growth:
         started = time.perf_counter()
-        profiler = Profiler(model, catalogue)
+        profiler = Profiler(model, candidates)
         _, frames = profile()
         cold = time.perf_counter() - started
     rows = {task: len(frame) for task, frame in frames.items()}
@@ -113,7 +113,7 @@ def main() -> None:
                 "seconds_first_call": round(cold, 3),
                 "seconds_of_repeats": [round(seconds, 3) for seconds in with_items],
                 "users": len(users),
-                "items": len(catalogue.ids),
+                "items": len(candidates.ids),
                 "rows": rows,
                 "synthetic_users": args.synthetic_users,
                 "synthetic_seconds": round(synthetic_seconds, 1),

@@ -1,6 +1,6 @@
 """Requests per second and latencies of the local server under many clients at a time, on this machine.
 
-Starts scripts/serve.py on a free port of the loopback address, and lets every client send one request after the other
+Starts `mvke serve` on a free port of the loopback address, and lets every client send one request after the other
 over a connection of its own: one user with many items to `score_ids`, or, where the export has none, many rows to
 `serving_default`. Clients and server share the cores. Prints one JSON line; `errors` counts answers that are not
 complete and well, and lost connections. Ends with status 1 if there were any.
@@ -28,10 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mvke_tf.cli import positive_int, run_main
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "serve.py"
 # Different requests that each client sends in turn, and slots of each list.
 REQUESTS, SLOTS = 20, 10
-WORDS = ("M", "F", "artist", "student", "Drama", "Comedy", "Action")
+WORDS = ("a", "b", "de", "en", "sport", "news", "music")
 VALUES = {
     "DT_STRING": lambda: random.choice(WORDS),
     "DT_FLOAT": lambda: round(random.uniform(0, 5), 2),
@@ -42,14 +41,16 @@ VALUES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--export_path", type=Path, required=True, help="as for scripts/serve.py")
+    parser.add_argument("--export_path", type=Path, required=True, help="folder of versions of an export")
     parser.add_argument("--clients", type=positive_int, default=50, help="at a time (default: 50)")
     parser.add_argument("--seconds", type=positive_int, default=30, help="how long (default: 30)")
     parser.add_argument("--items", type=positive_int, default=100, help="items of a request (default: 100)")
     args = parser.parse_args()
 
-    command = [sys.executable, str(SCRIPT), "--export_path", str(args.export_path), "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    code = "import sys; from mvke_tf.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "serve", str(args.export_path.resolve()), "--port", "0"]
+    repository = Path(__file__).resolve().parents[1]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=repository)
     try:
         base = _wait_for(server)
         signature, bodies = _requests(base, args.items, args.clients * REQUESTS)

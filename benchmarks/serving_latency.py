@@ -18,14 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mvke_tf.cli import add_run_arguments, positive_int, run_main
+from mvke_tf.cli import positive_int, run_main
 
 WARM_UP = 50
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_run_arguments(parser)
+    parser.add_argument("--checkpoint_path", type=Path, required=True, metavar="RUN", help="folder of a run")
     parser.add_argument("--items", type=positive_int, default=100, help="items of a score_ids request (default: 100)")
     parser.add_argument("--k", type=positive_int, default=20, help="items that recommend returns (default: 20)")
     parser.add_argument("--requests", type=positive_int, default=1000, help="requests of each kind (default: 1000)")
@@ -37,18 +37,19 @@ def main() -> None:
     from mvke_tf.run import Run
     from mvke_tf.serving import export_run
 
-    run = Run.open(args.checkpoint_path, args.model)
+    run = Run.open(args.checkpoint_path)
     prepared = run.prepared
-    ids = prepared.raw["item"]["item_id"]
-    states = prepared.pairs["user_row"].to_numpy()[prepared.part_rows("test")]
+    ids = np.asarray(prepared.items.key)[prepared.catalogue]
+    states = np.unique(prepared.user_row[prepared.part_rows("test")])
     random = np.random.default_rng(0)
+    raw = {name: np.asarray(column) for name, column in prepared.users.raw.items()}
     users = [
-        {name: column[row : row + 1] for name, column in prepared.raw["user"].items()}
-        for row in random.choice(np.unique(states), 500, replace=len(np.unique(states)) < 500)
+        {name: column[row : row + 1] for name, column in raw.items()}
+        for row in random.choice(states, 500, replace=len(states) < 500)
     ]
-    task = run.config.model.tasks[0]
+    task = prepared.task_names(run.config.model.tasks)[0]
     with tempfile.TemporaryDirectory() as folder:
-        signatures = tf.saved_model.load(export_run(run, Path(folder), report=_to_stderr)).signatures
+        signatures = tf.saved_model.load(export_run(run, Path(folder))).signatures
 
         def milliseconds(signature: str, requests: list[dict]) -> dict[str, float]:
             serve = signatures[signature]
@@ -65,7 +66,7 @@ def main() -> None:
         scored = milliseconds(
             "score_ids", [{**user, "item_ids": random.choice(ids, (1, args.items))} for user in users]
         )
-        none = np.zeros((1, 0), ids.dtype)
+        none = tf.zeros((1, 0), tf.string if ids.dtype == object else tf.int64)
         recommended = milliseconds(
             "recommend", [{**user, "k": args.k, "task": task, "exclude": none} for user in users]
         )
@@ -81,10 +82,6 @@ def main() -> None:
             }
         )
     )
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

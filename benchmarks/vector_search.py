@@ -1,6 +1,6 @@
 """Where a vector index pays: time per user, recall and memory of exact scoring and of FAISS on a large catalogue.
 
-The items are random mixtures of the features of MovieLens items, the users its users, and the vectors those that the
+The items are random mixtures of the features of the items of a run, the users its users, and the vectors those that the
 towers of a run make of them; or, with `--vectors gaussian`, independent normal numbers, in which there is no
 neighbourhood to search and every index is at its worst. Prints one JSON line per method and effort of its search.
 Queries are answered all in one call (`ms_per_user`) and one at a time (`ms_per_user_alone`; not by the scoring of all
@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mvke_tf.cli import add_run_arguments, positive_int, run_main
+from mvke_tf.cli import positive_int, run_main
 
 MIB = 2**20
 METHODS = ("exact", "flat", "ivf", "hnsw")
@@ -32,8 +32,8 @@ ALONE = 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_run_arguments(parser)
-    parser.add_argument("--task", default="cvr", help="task whose vectors are searched (default: cvr)")
+    parser.add_argument("--checkpoint_path", type=Path, required=True, metavar="RUN", help="folder of a run")
+    parser.add_argument("--task", required=True, help="task whose vectors are searched")
     parser.add_argument(
         "--vectors", choices=("model", "gaussian"), default="model", help="where they come from (default: model)"
     )
@@ -50,25 +50,25 @@ def main() -> None:
 
     import numpy as np
 
-    from mvke_tf.exact import best_products, model_of_tasks, vectors_of
-    from mvke_tf.models.two_tower import tower
-    from mvke_tf.profiles import Users
+    from mvke_tf.inference.index import IndexConfig, VectorIndex, recall
+    from mvke_tf.inference.topk import best_products
+    from mvke_tf.inference.vectors import vectors_of
     from mvke_tf.run import Run
-    from mvke_tf.vector_index import IndexConfig, VectorIndex, recall
+    from mvke_tf.serving.profiles import Users
 
     measures = runpy.run_path(str(Path(__file__).with_name("profile_users.py")))
     growth, resident = measures["growth"], measures["resident"]
     random = np.random.default_rng(0)
-    run = Run.open(args.checkpoint_path, args.model)
-    model = model_of_tasks(run.load_model(), [args.task])
-    item_tower, everyone = tower(model, "item"), Users.of(run.prepared).table
-    chosen = random.choice(len(everyone["user_id"]), args.users, replace=args.users > len(everyone["user_id"]))
+    run = Run.open(args.checkpoint_path)
+    model = run.load_model().for_tasks([args.task])
+    item_tower, everyone = model.item_tower, Users.of(run.prepared)
+    chosen = random.choice(len(everyone), args.users, replace=args.users > len(everyone))
     width = item_tower.output[args.task].shape[-1]
     if args.vectors == "gaussian":
         users, items = (random.standard_normal((count, width), np.float32) for count in (args.users, args.items))
     else:
-        users = vectors_of(tower(model, "user"), {name: column[chosen] for name, column in everyone.items()})[args.task]
-        table = run.prepared.encoded["item"]
+        users = vectors_of(model.user_tower, everyone.table, chosen)[args.task]
+        table = {name: np.asarray(column) for name, column in run.prepared.items.encoded.items()}
         items = np.empty((args.items, width), np.float32)
         for start in range(0, args.items, 65536):
             rows = slice(start, min(start + 65536, args.items))

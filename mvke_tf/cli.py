@@ -1,101 +1,192 @@
-"""What the command lines in `scripts/` share. Imports nothing heavy: `--help` and bad arguments answer at once."""
+"""The `mvke` command: one subcommand per step from a table to a served model.
+
+Imports nothing heavy before a command line has proved right: `--help` and bad arguments answer at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import io
 import json
+import logging
 import os
 import re
+import select
 import sys
+import tempfile
+import tomllib
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mvke_tf.config import CHOICES, SECTIONS, RunConfig, entry_type
+from mvke_tf.config import CHOICES, OLD_NAMES, SECTIONS, RunConfig, entry_type, renamed
+from mvke_tf.errors import ConfigError, MissingExtraError, MvkeError
 
 DEBUG = "MVKE_DEBUG"
+PARTS = ("train", "validation", "test")
+# Settings whose own name would be ambiguous on a command line.
+_FLAGS = {("model", "name"): "model"}
+Command = Callable[[argparse.Namespace], object]
 
 
-def run_main(main: Callable[[], None]) -> NoReturn:
-    """Runs the `main` of a script and ends the process.
-
-    The errors of this package that a user can mend are `ValueError`s (`RunError`, `DataError`, bad settings). They
-    become one line on stderr, without a traceback unless the environment has `MVKE_DEBUG=1`. Anything else is a defect
-    and keeps its traceback. `TF_CPP_MIN_LOG_LEVEL` is set to 2 (errors) unless the environment has it; for that,
-    `main` must import TensorFlow inside.
-
-    Args:
-        main: Parses the command line and does the work.
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command line, without the program's name, and ends the process.
 
     Raises:
-        SystemExit: Always. Status 0 when `main` returns, 2 after a `ValueError` (as after a bad argument), 130 after
-            Ctrl-C; what `main` itself exits with passes through.
+        SystemExit: Always. 0 when the command is done, 2 after a `MvkeError`, an `OSError` or bad arguments, which are
+            one line on stderr (with a traceback before it if the environment has `MVKE_DEBUG=1`), 130 after Ctrl-C,
+            141, silently, if nobody reads the output any more (`mvke schema | head`). Any other error is a defect and
+            keeps its traceback.
     """
+    run_main(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def run_main(body: Callable[[], object]) -> NoReturn:
+    """Runs the body of a command and ends the process as `main` says."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    show_log()
     try:
-        main()
-    except ValueError as error:
-        if os.environ.get(DEBUG) == "1":
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        if type(error) is ValueError:
-            print(f"({DEBUG}=1 shows where it was raised.)", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
+        body()
+        sys.stdout.flush()
+    except (MvkeError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            # As a shell reports SIGPIPE.
+            sys.exit(141)
         if os.environ.get(DEBUG) == "1":
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nInterrupted. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
 
-# Settings whose own name would be ambiguous on a command line.
-_FLAGS = {("data", "seed"): "data_seed", ("model", "name"): "model"}
+def _is_output_closed() -> bool:
+    """Whether nobody reads stdout any more; it then leads nowhere, so that its end is silent too."""
+    try:
+        output = sys.stdout.fileno()
+    except io.UnsupportedOperation:
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
+    return True
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that choose a run: `--checkpoint_path`, which must exist, and `--model`."""
-    parser.add_argument(
-        "--checkpoint_path", type=_existing, required=True, help="folder of the run, or the best.keras in it"
-    )
-    parser.add_argument("--model", help="name of the model, to make sure that the run holds it")
+class _LineFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        return line if record.levelno < logging.WARNING else f"{record.levelname.capitalize()}: {line}"
 
 
-def _existing(text: str) -> Path:
-    path = Path(text)
-    if not path.exists():
-        raise argparse.ArgumentTypeError(f"there is nothing at {path}")
-    return path
+class _CurrentStream(logging.StreamHandler):
+    """Writes to what `sys.stdout` or `sys.stderr` is at the moment of a line, not to what it was at the start."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.stream_name = name
+        self.setFormatter(_LineFormatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = getattr(sys, self.stream_name)
+        super().emit(record)
+
+
+def show_log() -> None:
+    """Shows what the package logs: information on stdout, warnings on stderr."""
+    logger = logging.getLogger("mvke_tf")
+    if any(isinstance(handler, _CurrentStream) for handler in logger.handlers):
+        return
+    information, warnings = _CurrentStream("stdout"), _CurrentStream("stderr")
+    information.addFilter(lambda record: record.levelno < logging.WARNING)
+    warnings.setLevel(logging.WARNING)
+    logger.addHandler(information)
+    logger.addHandler(warnings)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow without its start-up messages, which no environment variable silences.
+
+    What is written to file descriptor 2 meanwhile is shown only if the import fails.
+    """
+    if "tensorflow" in sys.modules:
+        return
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as hidden:
+        kept = os.dup(2)
+        try:
+            os.dup2(hidden.fileno(), 2)
+            import tensorflow as tf
+
+            # The first look at the devices writes too.
+            tf.config.list_physical_devices()
+        except BaseException:
+            hidden.seek(0)
+            os.write(kept, hidden.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def positive_int(text: str) -> int:
+    """Type of an argument that counts something: a whole number of at least 1."""
+    value = int(text) if text.isdecimal() and len(text) < 19 else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, received {text!r}")
+    return value
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Does nothing if the modules of an optional extra are installed; imports none of them.
+
+    Raises:
+        MissingExtraError: If one is missing; the message says how to install it.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MissingExtraError(f"This needs {', '.join(missing)}. Install the extra: pip install 'mvke_tf[{extra}]'")
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
 
 
 def add_settings(parser: argparse.ArgumentParser, *sections: str, without: Collection[str] = ()) -> None:
     """Adds one option per setting of the named sections of `RunConfig`; the help is the docstring's.
 
-    An option that is not given leaves the setting to `read_settings`.
+    An option that is not given leaves the setting to `read_settings`. Former names of settings are options too, without
+    help.
 
     Args:
         parser: Gets the options.
         sections: Names of sections.
         without: Options to leave out, such as `"model"`.
     """
+    former = {new: old for old, new in OLD_NAMES.items()}
     for section in sections:
         cls = SECTIONS[section]
-        # Python 3.13 strips the indentation of docstrings, earlier ones do not.
-        described = dict(re.findall(r"^ {4}(\w+): (.+?)(?=\n {4}\w|\Z)", inspect.cleandoc(cls.__doc__), re.M | re.S))
+        # Python 3.13 strips the indentation of docstrings, earlier ones do not; -OO leaves none.
+        text = inspect.cleandoc(cls.__doc__ or "")
+        described = dict(re.findall(r"^ {4}(\w+): (.+?)(?=\n {4}\w|\Z)", text, re.M | re.S))
         group = parser.add_argument_group(f"settings of the {section}")
         for field in dataclasses.fields(cls):
             option = _FLAGS.get((section, field.name), field.name)
             if option in without:
                 continue
-            words = " ".join(described[field.name].split()).replace("`", "").replace("%", "%%")
-            options: dict[str, Any] = {"default": None, "help": f"{words} (default: {field.default})"}
+            words = " ".join(described.get(field.name, "").split()).replace("`", "").replace("%", "%%")
+            options: dict[str, Any] = {"default": None, "dest": option}
             if isinstance(field.default, bool):
                 options["action"] = argparse.BooleanOptionalAction
             elif isinstance(field.default, tuple):
@@ -104,7 +195,12 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str, without: Colle
                 options["type"] = type(field.default)
             if (section, field.name) in CHOICES:
                 options["choices"] = CHOICES[section, field.name]
-            group.add_argument(f"--{option}", **options)
+            group.add_argument(f"--{option}", help=f"{words} (default: {field.default})", **options)
+            if field.name in former:
+                old = former[field.name]
+                if options.pop("choices", None):
+                    options["type"] = lambda text, old=old: renamed(old, text)[1]
+                group.add_argument(f"--{old}", help=argparse.SUPPRESS, **options)
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -115,47 +211,651 @@ def given_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             value = getattr(args, _FLAGS.get((section, field.name), field.name), None)
             if value is not None:
                 given.setdefault(section, {})[field.name] = value
+    for key, value in assignments(args):
+        section, _, name = key.partition(".")
+        if section in SECTIONS:
+            given.setdefault(section, {})[name] = value
     return given
 
 
+def assignments(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """The `KEY=VALUE` of `--set`; a value is written as in TOML, or is a bare word.
+
+    Raises:
+        ConfigError: If one has no `=`, or its key no section.
+    """
+    for text in getattr(args, "set", None) or ():
+        key, separator, value = text.partition("=")
+        section = key.partition(".")[0]
+        if not separator or "." not in key or section not in (*SECTIONS, "data"):
+            raise ConfigError(
+                "--set takes SECTION.SETTING=VALUE with a section model, training or data, such as "
+                f"training.learning_rate=1e-3 or data.split.by=hash. Received: {text!r}"
+            )
+        try:
+            yield key, tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            yield key, value
+
+
 def read_settings(args: argparse.Namespace, config_file: Path | None = None) -> RunConfig:
-    """The settings of a command line: those given, over those of a JSON file, over the defaults.
+    """The settings of a command line: those given, over those of a file, over the defaults.
 
     Args:
         args: Parsed options of `add_settings`.
-        config_file: A file such as the `config.json` of a run; sections and settings may be absent.
+        config_file: JSON, such as the `config.json` of a run, or TOML; sections and settings may be absent.
 
     Raises:
-        ValueError: If the file cannot be read, or a setting is unknown or invalid.
+        ConfigError: If the file cannot be read, or a setting is unknown or invalid.
     """
     values: Any = {}
     if config_file is not None:
         try:
-            values = json.loads(config_file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"--config needs a JSON file, such as a run's config.json. Received: {error}") from error
-    config = RunConfig.from_dict(values)
-    changed = {
-        section: dataclasses.replace(getattr(config, section), **settings)
-        for section, settings in given_settings(args).items()
-    }
-    return dataclasses.replace(config, **changed)
+            text = config_file.read_text(encoding="utf-8")
+            values = tomllib.loads(text) if config_file.suffix == ".toml" else json.loads(text)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"--config needs a JSON or TOML file, such as a run's config.json. Received: {config_file}: {error}"
+            ) from error
+    given = given_settings(args)
+    if not isinstance(values, dict) or not all(isinstance(values.get(section, {}), dict) for section in SECTIONS):
+        raise ConfigError(f"{config_file} must hold sections {sorted(SECTIONS)} of settings. Received: {values!r:.200}")
+    merged = {**values, **{section: {**values.get(section, {}), **given[section]} for section in given}}
+    return RunConfig.from_dict(merged)
 
 
-def positive_int(text: str) -> int:
-    """Type of an argparse argument that counts something: a whole number of at least 1."""
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, received {text!r}")
-    return value
+# --- data and runs --------------------------------------------------------------------------------------------------
 
 
-def require_extra(extra: str, *modules: str) -> None:
-    """Does nothing if the modules of an optional extra are installed; imports none of them.
+def add_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Adds `--data` with the options of the built-in dataset that it names."""
+    from mvke_tf import datasets
 
-    Raises:
-        ValueError: If one is missing; the message says how to install it.
-    """
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ValueError(f"This needs {', '.join(missing)}. Install the extra: pip install '.[{extra}]'")
+    parser.add_argument(
+        "--data",
+        default=datasets.DEFAULT,
+        help=f"declaration of a dataset (data.toml), or one of {', '.join(datasets.names())} (default: %(default)s)",
+    )
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="tables made and prepared (default: data)")
+    parser.add_argument(
+        "--set", action="append", metavar="KEY=VALUE", help="one setting, such as data.split.seed=1; may be repeated"
+    )
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default=datasets.DEFAULT)
+    named = first.parse_known_args([text for text in argv if text != "--help"])[0].data
+    options = datasets.options(named)
+    if options:
+        group = parser.add_argument_group(f"settings of the dataset {named}")
+        for option in options:
+            group.add_argument(f"--{option.name}", help=option.help, **option.argument())
+
+
+def _dataset(args: argparse.Namespace) -> Any:
+    """The dataset of a command line, its tables on disk."""
+    from mvke_tf import datasets
+
+    given = {option.name: getattr(args, option.name) for option in datasets.options(args.data)}
+    given = {name: value for name, value in given.items() if value is not None}
+    dataset = datasets.load(args.data, args.data_dir, **given)
+    overrides = {key.partition(".")[2]: value for key, value in assignments(args) if key.startswith("data.")}
+    return dataset.replace(overrides) if overrides else dataset
+
+
+def prepared_of(args: argparse.Namespace) -> Any:
+    """The prepared dataset of a command line with the options of `add_data`."""
+    from mvke_tf.data.preparation import prepared_dataset
+
+    return prepared_dataset(_dataset(args), args.data_dir)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a run, such as runs/mine")
+    parser.add_argument("--checkpoint_path", dest="run_option", type=Path, metavar="RUN", help="the same as an option")
+    parser.add_argument("--model", help="name of the model, to make sure that the run holds it")
+
+
+def _check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if (args.run is None) == (args.run_option is None):
+        parser.error("give one run, such as runs/mine")
+    args.run = args.run or args.run_option
+    if not args.run.exists():
+        parser.error(f"argument --checkpoint_path: there is nothing at {args.run}")
+
+
+def _open(args: argparse.Namespace) -> Any:
+    from mvke_tf.run import Run
+
+    return Run.open(args.run, args.model)
+
+
+def _say_next(*commands: str) -> None:
+    print("\nNext:  " + "\n       ".join(commands))
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def _init_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", type=Path, help="a CSV or Parquet file")
+    parser.add_argument("--out", type=Path, help="the declaration to write (default: the table's name with .toml)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a declaration that exists")
+
+
+def _init(args: argparse.Namespace) -> None:
+    """Looks at a table and writes a commented draft of its declaration."""
+    from mvke_tf.data.draft import draft
+    from mvke_tf.io import atomic_write
+
+    name = args.table.name.removesuffix(".gz")
+    out = args.out or args.table.with_name(Path(name).stem + ".toml")
+    if out.exists() and not args.overwrite:
+        raise ConfigError(f"{out} exists. Choose another --out, or --overwrite it.")
+    text = draft(args.table, out.parent)
+    with atomic_write(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    guesses = text.count("# guess")
+    print(f"{out}: a draft with {guesses} guesses, each marked `# guess`. Read it, correct it.")
+    _say_next(f"mvke check {out}")
+
+
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help="declaration of a dataset (data.toml)")
+    parser.add_argument("--rows", type=positive_int, default=10_000, help="rows to look at (default: 10000)")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Reads the first rows and says what would become of every column."""
+    import_tensorflow()
+    from mvke_tf.data.check import check
+    from mvke_tf.data.declaration import Dataset
+
+    print(check(Dataset.from_toml(Path(args.data)), args.rows).table())
+    _say_next(f"mvke train --data {args.data}")
+
+
+def _schema(args: argparse.Namespace) -> None:
+    """Prints the JSON Schema of declarations, for editors."""
+    from mvke_tf.data.declaration import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _prepare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="prepare again what is prepared already")
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    """Reads, splits and encodes a dataset once, for all models."""
+    import_tensorflow()
+    from mvke_tf.data.preparation import prepared_dataset
+
+    prepared = prepared_dataset(_dataset(args), args.data_dir, args.overwrite)
+    print(f"Prepared: {prepared.folder}")
+    _say_next(f"mvke train --data {args.data}")
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run_name", help="name of the folder under --runs_dir (default: the model and the time)")
+    parser.add_argument("--resume", type=Path, help="run folder to continue; its own settings hold")
+    parser.add_argument("--config", type=Path, help="JSON or TOML file of settings, such as a run's config.json")
+    parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    add_settings(parser, "model", "training")
+
+
+def _check_train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.resume and (args.run_name or args.config or given_settings(args)):
+        parser.error("--resume continues a run with the settings in its config.json; leave the other settings out.")
+
+
+def _train(args: argparse.Namespace) -> None:
+    """Trains a model, or continues an interrupted training."""
+    config = None if args.resume else read_settings(args, args.config)
+    import_tensorflow()
+    from mvke_tf.run import Run
+    from mvke_tf.training import train, train_run
+
+    if args.resume:
+        result = train_run(Run.open(args.resume))
+    else:
+        result = train(prepared_of(args), config, args.run_name, args.runs_dir)
+    print(f"Best epoch {result.best_epoch} of {len(result.history)}: {result.run.checkpoint}")
+    if result.examples_per_second:
+        print(f"{result.examples_per_second:,.0f} training examples per second (median of the epochs)")
+    if result.peak_memory is not None:
+        print(f"Peak memory {result.peak_memory / 2**30:.2f} GiB")
+    if result.gpu_peak_memory is not None:
+        print(f"Peak GPU memory {result.gpu_peak_memory / 2**30:.2f} GiB")
+    folder = result.run.folder
+    _say_next(f"mvke evaluate {folder}", f"mvke analyze {folder}", f"mvke export {folder}")
+
+
+def _part_option(parser: argparse.ArgumentParser, *names: str) -> None:
+    parser.add_argument(*names, dest="split", choices=PARTS, default="test", help="part of the data (default: test)")
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    _part_option(parser, "--split", "--part")
+    parser.add_argument("--batch_size", type=positive_int, default=4096, help="rows per step (default: 4096)")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    """Measures the best checkpoint of a run: a table, a report and pictures."""
+    import_tensorflow()
+    from mvke_tf.evaluation import evaluate_run, results_table
+
+    run = _open(args)
+    report = evaluate_run(run, args.split, args.batch_size)
+    print(f"\n{results_table(report, args.split)}\n\n{run.contents()}")
+    _say_next(f"mvke analyze {run.folder}", f"mvke export {run.folder}")
+
+
+def _analyze_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help="folder to write to (default: analysis in the folder of the run)")
+    _part_option(parser, "--part", "--split")
+    parser.add_argument("--user", help="id of the user to explain (default: the one with the most impressions)")
+    parser.add_argument("--top", type=positive_int, default=10, help="items of that user, per task (default: 10)")
+    parser.add_argument(
+        "--map",
+        choices=("pca", "tsne", "umap"),
+        default="pca",
+        help="plane of the map; umap is an extra (default: pca)",
+    )
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    """Says what the experts of a run learned: tables, pictures, a diagnosis and one page."""
+    import_tensorflow()
+    from mvke_tf.analysis import analyze_run
+
+    run = _open(args)
+    analysis = analyze_run(run, args.out, args.split, args.user, args.map, args.top)
+    print(f"\n{analysis.summary}\n")
+    places = {"page": analysis.page, "tables": analysis.folder / "tables", "figures": analysis.folder / "figures"}
+    for what, place in places.items():
+        print(f"{what + ':':<9}{place}")
+    _say_next(f"mvke export {run.folder}")
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output_dir", "--export_path", dest="output_dir", type=Path, help="folder of all versions (default: export)"
+    )
+    parser.add_argument(
+        "--version", type=positive_int, help="number of the version; one that exists is not overwritten (default: next)"
+    )
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Writes a SavedModel that takes raw features."""
+    import_tensorflow()
+    from mvke_tf.serving import export_run
+
+    path = export_run(_open(args), args.output_dir, args.version)
+    load = f"import tensorflow as tf; print(tf.saved_model.load({str(path.resolve())!r}).signatures['serving_default'])"
+    print(f"SavedModel: {path}   (signatures with their inputs and outputs: {path / 'signatures.json'})")
+    print(f'Load it: python -c "{load}"')
+    _say_next(f"mvke serve {path.parent}", f"mvke profile {args.run}")
+
+
+def _onnx_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output_dir", "--onnx_path", dest="output_dir", type=Path, help="folder of the files (default: onnx)"
+    )
+    parser.add_argument(
+        "--component",
+        "--part",
+        dest="component",
+        nargs="+",
+        choices=("model", "user", "item"),
+        default=["model"],
+        help="the whole model, or one tower; several make several files (default: model)",
+    )
+
+
+def _onnx(args: argparse.Namespace) -> None:
+    """Writes ONNX files of the encoded inputs, checked against Keras."""
+    require_extra("onnx", "tf2onnx", "onnx", "onnxruntime")
+    import_tensorflow()
+    from mvke_tf.serving.onnx import TOLERANCE, export_run_onnx
+
+    run = _open(args)
+    for component in dict.fromkeys(args.component):
+        path = export_run_onnx(run, component, args.output_dir)
+        print(f"ONNX: {path}   (its inputs and outputs: {path.with_suffix('.json')})")
+    print(f"onnxruntime and Keras agree to {TOLERANCE:g} on rows of the test part.")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text[:6]) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, received {text!r}")
+    return int(text)
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", text):
+        raise argparse.ArgumentTypeError(f"expected letters, digits, '_', '-' and '.', received {text!r}")
+    return text
+
+
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_dir", nargs="?", type=Path, help="folder of all versions, such as runs/mine/export")
+    parser.add_argument("--export_path", dest="model_dir_option", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--name", type=_name, default="mvke", help="name of the model in addresses (default: mvke)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0 lets other machines in)"
+    )
+    parser.add_argument("--port", type=_port, default=8501, help="0 takes any free one (default: 8501)")
+    parser.add_argument("--max_request_mb", type=positive_int, default=8, help="longest request, MiB (default: 8)")
+    parser.add_argument("--max_rows", type=positive_int, default=10_000, help="most rows of a request (default: 10000)")
+    parser.add_argument(
+        "--max_values",
+        type=positive_int,
+        default=200_000,
+        help="most values of one input or output, such as rows x items (default: 200000)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        default=os.cpu_count() or 1,
+        help="requests computed at the same time (default: one per core)",
+    )
+    parser.add_argument(
+        "--max_waiting", type=positive_int, default=256, help="requests under way beyond those (default: 256)"
+    )
+    parser.add_argument(
+        "--token_file",
+        type=Path,
+        help="file with the token that requests must bring (Authorization: Bearer ...); needed beyond this machine",
+    )
+    parser.add_argument(
+        "--allowed_hosts",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="names of this server that requests may be addressed to, * for any; needed beyond this machine",
+    )
+    parser.add_argument(
+        "--reload_seconds",
+        type=float,
+        default=10.0,
+        help="how often to look for a newer version, which then answers; 0 never does (default: 10)",
+    )
+    parser.add_argument("--log_requests", action="store_true", help="print a line for each request")
+
+
+def _check_serve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if (args.model_dir is None) == (args.model_dir_option is None):
+        parser.error("give one folder of an exported model, such as runs/mine/export")
+    args.model_dir = args.model_dir or args.model_dir_option
+    if not 0 <= args.reload_seconds < float("inf"):
+        parser.error(f"argument --reload_seconds: expected 0 or more seconds, received {args.reload_seconds}")
+
+
+def _serve(args: argparse.Namespace) -> None:
+    """Serves an exported model over HTTP, in TensorFlow Serving's protocol."""
+    require_extra("serve", "starlette", "uvicorn")
+    import_tensorflow()
+    from mvke_tf.serving.rest import Limits, serve
+
+    token = None
+    if args.token_file is not None:
+        try:
+            token = args.token_file.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"--token_file needs a file of text in UTF-8. Received: {args.token_file}, which is none"
+            ) from error
+        if not token:
+            raise ConfigError(
+                f"--token_file needs a file with a token in it. Received: {args.token_file}, which is empty"
+            )
+    limits = Limits(
+        request_bytes=args.max_request_mb * 2**20,
+        rows=args.max_rows,
+        values=args.max_values,
+        threads=args.threads,
+        waiting=args.max_waiting,
+    )
+    serve(
+        args.model_dir,
+        args.name,
+        args.host,
+        args.port,
+        limits,
+        token,
+        args.allowed_hosts,
+        args.reload_seconds,
+        args.log_requests,
+    )
+
+
+def _profile_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", "--task", dest="tasks", nargs="+", help="tasks (default: all of the model)")
+    parser.add_argument("--top", type=positive_int, default=20, help="ranks per user (default: 20)")
+    parser.add_argument("--by", default="item", help="item, or a grouping of items by its name (default: item)")
+    parser.add_argument("--users", nargs="+", default=["all"], metavar="ID", help="ids of users, or all (default: all)")
+    parser.add_argument("--exclude_seen", action="store_true", help="leave out the items that a user has had")
+    parser.add_argument(
+        "--group_items",
+        type=positive_int,
+        default=10,
+        help="a group's score is the mean over so many of its items, the user's best (default: 10)",
+    )
+    parser.add_argument(
+        "--memory_mb", type=positive_int, default=512, help="bound of the working memory, in MiB (default: 512)"
+    )
+    parser.add_argument(
+        "--output_dir", "--out", dest="output_dir", type=Path, help="folder of the files (default: <run>/profiles)"
+    )
+    parser.add_argument(
+        "--format", nargs="+", choices=("parquet", "csv"), default=["parquet", "csv"], help="formats (default: both)"
+    )
+    search = parser.add_argument_group(
+        "vector search",
+        "an index finds the items, approximately, instead of scoring them all; pays for large catalogues",
+    )
+    search.add_argument("--index", choices=("faiss",), help="library of the index (default: none, exact scoring)")
+    search.add_argument("--index_kind", choices=_SEARCHES, help="kind of the index (default: hnsw)")
+    search.add_argument("--links", type=positive_int, help="HNSW: links per item, M (default: 32)")
+    search.add_argument("--cells", type=positive_int, help="IVF: number of cells, nlist (default: 4 sqrt(items))")
+    search.add_argument(
+        "--effort",
+        type=positive_int,
+        help="HNSW: candidates kept while searching, ef_search; IVF: cells looked into, nprobe (default: 64)",
+    )
+
+
+_SEARCHES = ("flat", "hnsw", "ivf")
+
+
+def _check_profile(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    _check_run(parser, args)
+    if "all" in args.users and len(args.users) > 1:
+        parser.error(f"argument --users: expected ids or all, received {args.users}")
+    args.kind = (args.index_kind or "hnsw") if args.index else None
+    for option, kinds in {"index_kind": _SEARCHES, "links": ("hnsw",), "cells": ("ivf",), "effort": _SEARCHES}.items():
+        if getattr(args, option) is not None and args.kind not in kinds:
+            found = f"an index of the kind {args.kind}" if args.kind else "no --index"
+            parser.error(
+                f"argument --{option}: belongs to --index with --index_kind {'|'.join(kinds)}, received {found}"
+            )
+
+
+def _profile(args: argparse.Namespace) -> None:
+    """Makes the profiles of users in bulk: the items or groups that each rates highest, as files."""
+    import_tensorflow()
+    from mvke_tf.inference.index import IndexConfig
+    from mvke_tf.serving.profiles import profile_run
+
+    files = profile_run(
+        _open(args),
+        tasks=args.tasks,
+        top=args.top,
+        by=args.by,
+        users=None if args.users == ["all"] else args.users,
+        exclude_seen=args.exclude_seen,
+        memory_mb=args.memory_mb,
+        group_items=args.group_items,
+        formats=args.format,
+        folder=args.output_dir,
+        index=IndexConfig(args.kind, links=args.links or 32, cells=args.cells or 0) if args.kind else None,
+        effort=args.effort or 64,
+    )
+    for task, paths in files.items():
+        print(f"{task}: {', '.join(map(str, paths))}")
+
+
+def _own_config(text: str) -> tuple[str, Path]:
+    """Type of `MODEL=FILE`."""
+    model, separator, path = text.partition("=")
+    if not separator or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"expected MODEL=FILE with a file that exists, received {text!r}")
+    return model, Path(path)
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    from mvke_tf.config import BASELINE_NAMES, MODEL_NAMES
+
+    names = (*MODEL_NAMES, *BASELINE_NAMES)
+    parser.add_argument("--models", nargs="+", choices=names, default=names, help="rows of the table (default: all)")
+    parser.add_argument("--seeds", type=positive_int, default=5, help="seeds per model, from 0 (default: 5)")
+    parser.add_argument(
+        "--output_dir", "--out", dest="output_dir", type=Path, required=True, help="folder, as comparisons/<name>"
+    )
+    parser.add_argument("--config", type=Path, help="JSON or TOML file of settings of all models")
+    parser.add_argument(
+        "--configs",
+        nargs="+",
+        type=_own_config,
+        default=[],
+        metavar="MODEL=FILE",
+        help="settings of one model each, such as the best_config.json of `mvke tune`; tasks, epochs, batch size and "
+        "patience must be the same for all",
+    )
+    add_settings(parser, "model", "training", without=("model", "seed"))
+
+
+def _check_compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if unused := sorted(set(dict(args.configs)) - set(args.models)):
+        parser.error(f"--configs has settings of {unused}, which --models does not name.")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """Trains several models with several seeds on the same data and writes one table."""
+    files = dict(args.configs)
+    configs = {model: read_settings(args, files.get(model, args.config)) for model in dict.fromkeys(args.models)}
+    import_tensorflow()
+    from mvke_tf.experiments.compare import Comparison
+
+    with _same_command_goes_on():
+        Comparison(args.output_dir, configs, args.seeds, prepared_of(args)).run()
+    print(f"\n{(args.output_dir / 'table.md').read_text(encoding='utf-8')}")
+    for name in ("table.md", "table.csv", "results.csv", "comparison.png", "runs"):
+        print(args.output_dir / name)
+
+
+# Option of each searched setting.
+_SEARCHED = {
+    "learning_rate": "learning_rate",
+    "embedding_dim": "embedding_dim",
+    "num_virtual_kernels": "num_virtual_kernels",
+    "hidden_width": "hidden_dims",
+    "dropout_rate": "dropout_rate",
+}
+
+
+def _tune_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output_dir", "--out", dest="output_dir", type=Path, required=True, help="folder, as tuning/<name>"
+    )
+    parser.add_argument("--trials", type=positive_int, default=20, help="trials in all (default: 20)")
+    parser.add_argument("--tuner", choices=("random", "bayesian"), default="random", help="(default: random)")
+    parser.add_argument("--config", type=Path, help="JSON or TOML file of the settings that are not searched")
+    add_settings(parser, "model", "training")
+
+
+def _tune(args: argparse.Namespace) -> None:
+    """Searches good settings of a model; a searched setting that is given is not searched."""
+    config = read_settings(args, args.config)
+    fixed = [name for name, option in _SEARCHED.items() if getattr(args, option) is not None]
+    import_tensorflow()
+    from mvke_tf.experiments.runs import configs_of_runs
+    from mvke_tf.experiments.tune import tune
+
+    prepared = prepared_of(args)
+    with _same_command_goes_on():
+        table = tune(prepared, config, args.output_dir, args.trials, args.tuner, fixed)
+    print(f"\n{table.to_string(index=False)}\n\n{args.output_dir / 'trials.csv'}")
+    # A run of single_task learns one task; a trial of its search makes one per task.
+    best = [args.output_dir / f"best_config{suffix}.json" for suffix in configs_of_runs(config, prepared.task_names())]
+    _say_next(*(f"mvke train --data {args.data} --config {path}" for path in best))
+
+
+@contextlib.contextmanager
+def _same_command_goes_on() -> Iterator[None]:
+    # TensorFlow warns of functions that are traced again and again; here they belong to one model after another.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("The same command goes on where it was.") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subcommand:
+    run: Command
+    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    check: Callable[[argparse.ArgumentParser, argparse.Namespace], None] = lambda parser, args: None
+    # What it works on: "data" (--data), "run", or something of its own.
+    on: str = ""
+
+
+_COMMANDS = {
+    "init": _Subcommand(_init, _init_options),
+    "check": _Subcommand(_check, _check_options),
+    "prepare": _Subcommand(_prepare, _prepare_options, on="data"),
+    "train": _Subcommand(_train, _train_options, _check_train, on="data"),
+    "evaluate": _Subcommand(_evaluate, _evaluate_options, _check_run, on="run"),
+    "analyze": _Subcommand(_analyze, _analyze_options, _check_run, on="run"),
+    "export": _Subcommand(_export, _export_options, _check_run, on="run"),
+    "onnx": _Subcommand(_onnx, _onnx_options, _check_run, on="run"),
+    "serve": _Subcommand(_serve, _serve_options, _check_serve),
+    "profile": _Subcommand(_profile, _profile_options, _check_profile, on="run"),
+    "compare": _Subcommand(_compare, _compare_options, _check_compare, on="data"),
+    "tune": _Subcommand(_tune, _tune_options, on="data"),
+    "schema": _Subcommand(_schema),
+}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The parsed arguments of one command line, not run; ends the process if they are wrong."""
+    from mvke_tf import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="mvke", description="From a table to a served multi-task model.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"mvke_tf {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    parsers = {}
+    for name, command in _COMMANDS.items():
+        words = inspect.cleandoc(command.run.__doc__ or "")
+        parsers[name] = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
+    # Options are made for the one command that is asked for: those of a dataset depend on which it is.
+    asked = next((text for text in argv if not text.startswith("-")), None)
+    if asked in _COMMANDS:
+        command, chosen = _COMMANDS[asked], parsers[asked]
+        if command.on == "data":
+            add_data(chosen, argv)
+        if command.on == "run":
+            _add_run(chosen)
+        command.options(chosen)
+    args = parser.parse_args(argv)
+    args.parser = parsers[args.command]
+    return args
+
+
+def _run(argv: Sequence[str]) -> None:
+    args = parse(argv)
+    command = _COMMANDS[args.command]
+    command.check(args.parser, args)
+    command.run(args)

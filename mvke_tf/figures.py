@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,23 +17,25 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import roc_curve
 
-from mvke_tf.files import written_whole
-from mvke_tf.metrics import auc, calibration_bins, calibration_error, cell, defined, value_bins
+from mvke_tf.io import atomic_write
+from mvke_tf.metrics import auc, calibration_error, value_bins
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+# Of the colours of Okabe and Ito, which everybody can tell apart.
+BLUE, ORANGE = "#0072B2", "#E69F00"
 
 
-def line_styles() -> Iterator[dict[str, object]]:
+def line_styles() -> Iterator[dict[str, Any]]:
     """Endless line styles that differ without colour too; the colours are those of Okabe and Ito."""
-    colours = itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"))
+    colours = itertools.cycle((BLUE, "#D55E00", "#009E73", "#CC79A7", "#000000"))
     lines = itertools.cycle(("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1))))
     for colour, line, marker in zip(colours, lines, itertools.cycle("os^Dv"), strict=False):
         yield {"color": colour, "linestyle": line, "marker": marker, "markersize": 6, "linewidth": 1.8}
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG, whole or not at all."""
-    with written_whole(path) as temporary:
+    """Writes a PNG, atomically."""
+    with atomic_write(path) as temporary:
         FigureCanvasAgg(figure).print_figure(temporary, dpi=150)
 
 
@@ -44,12 +47,12 @@ def roc_figure(curves: Curves, part: str) -> Figure:
         part: Name of the part, for the title.
     """
     areas = {name: auc(*curve) for name, curve in curves.items()}
-    title = ", ".join(f"{name} {cell(defined(area))}" for name, area in areas.items())
+    title = ", ".join(f"{name} {_number(area)}" for name, area in areas.items())
     figure, axes = _square_axes(f"ROC, {part} part, {_rows(curves)} rows\nAUC: {title}")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=(0, (1, 3)), label="chance, AUC 0.5000")
     for (name, curve), style in zip(curves.items(), line_styles(), strict=False):
-        label = f"{name}, AUC {cell(defined(areas[name]))}, {len(curve[0]):,} rows"
+        label = f"{name}, AUC {_number(areas[name])}, {len(curve[0]):,} rows"
         x, y = roc_curve(*curve)[:2] if np.isfinite(areas[name]) else ([], [])
         axes.plot(x, y, label=label, markevery=0.1, **style)
     axes.set_xlabel("False positive rate")
@@ -65,12 +68,12 @@ def calibration_figure(curves: Curves, part: str) -> Figure:
         curves: Labels, 0 or 1, and probabilities, by the name of the curve.
         part: Name of the part, for the title.
     """
-    areas = ", ".join(f"{name} {cell(defined(auc(*curve)))}" for name, curve in curves.items())
+    areas = ", ".join(f"{name} {_number(auc(*curve))}" for name, curve in curves.items())
     figure, axes = _square_axes(f"Calibration, {part} part, {_rows(curves)} rows\nAUC: {areas}")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=(0, (1, 3)), label="perfectly calibrated")
     for (name, curve), style in zip(curves.items(), line_styles(), strict=False):
-        predicted, observed, _ = calibration_bins(*curve)
+        predicted, observed, _ = value_bins(*curve)
         axes.plot(predicted, observed, label=f"{name}, calibration error {calibration_error(*curve):.4f}", **style)
     axes.set_xlabel("Mean predicted probability of a bin")
     axes.set_ylabel("Observed share of positives in the bin")
@@ -102,6 +105,15 @@ def regression_figure(curves: Curves, part: str) -> Figure:
     axes.set_ylabel("Mean label in the bin")
     axes.legend(loc="upper left")
     return figure
+
+
+def plain_text(text: object) -> str:
+    """A text of the data for a picture, in which no `$` begins a formula."""
+    return str(text).replace("$", r"\$")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if np.isfinite(value) else "-"
 
 
 def _rows(curves: Curves) -> str:

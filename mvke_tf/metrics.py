@@ -66,30 +66,24 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     return float(sklearn_metrics.log_loss(labels, np.asarray(probabilities, np.float64), labels=[0, 1]))
 
 
-def calibration_bins(
-    labels: np.ndarray, probabilities: np.ndarray, bins: int = 10
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predicted and observed positives in bins of (nearly) equally many rows, by rising probability.
+def value_bins(labels: np.ndarray, values: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean predictions and mean labels in bins of (nearly) equally many rows, by rising prediction.
 
-    Rows of equal probability share a bin, so the result does not depend on the order of the rows; with many ties the
+    Rows of equal prediction share a bin, so the result does not depend on the order of the rows; with many ties the
     bins are of unequal size, and there are fewer than `bins`.
 
     Args:
-        labels: `(n,)`, 0 or 1.
-        probabilities: `(n,)`, of label 1.
+        labels: `(n,)`; 0 or 1 of a binary task.
+        values: `(n,)`; probabilities of label 1, or predicted values.
         bins: Most bins.
 
     Returns:
-        Per bin that is not empty: mean probability, observed share of label 1, number of rows; each `(b,)`.
+        Per bin that is not empty: mean prediction, mean label (of a binary task the observed share of label 1), number
+        of rows; each `(b,)`.
 
     Raises:
         ValueError: If `bins` is below 1.
     """
-    return value_bins(labels, probabilities, bins)
-
-
-def value_bins(labels: np.ndarray, values: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same as `calibration_bins` of predicted values and labels of any kind: mean value, mean label, rows."""
     if bins < 1:
         raise ValueError(f"`bins` must be at least 1. Received: {bins}")
     rows = pd.DataFrame({"value": np.asarray(values, np.float64), "label": np.asarray(labels, np.float64)})
@@ -102,7 +96,7 @@ def value_bins(labels: np.ndarray, values: np.ndarray, bins: int = 10) -> tuple[
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> float:
     """Expected calibration error: `Σ_b n_b / n · |mean probability_b - share of positives_b|`.
 
-    The bins are those of `calibration_bins`: of equal mass, not of equal width, because most probabilities of a
+    The bins are those of `value_bins`: of equal mass, not of equal width, because most probabilities of a
     recommender crowd near the base rate.
 
     Args:
@@ -115,17 +109,19 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
     """
     if not len(labels):
         return math.nan
-    predicted, observed, rows = calibration_bins(labels, probabilities, bins)
+    predicted, observed, rows = value_bins(labels, probabilities, bins)
     return float(np.average(np.abs(predicted - observed), weights=rows))
 
 
-def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray) -> dict[str, float | int | None]:
+def binary_metrics(
+    labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray | None = None
+) -> dict[str, float | int | None]:
     """All metrics of one binary task.
 
     Args:
         labels: `(n,)`, 0 or 1.
         probabilities: `(n,)`, of label 1.
-        users: `(n,)`, the user of each row, for `gauc`.
+        users: `(n,)`, the user of each row, for `gauc`, which is left out without them.
 
     Returns:
         `auc`, `gauc`, `accuracy` (share of rows on the right side of probability 0.5), `log_loss` (nats),
@@ -135,12 +131,10 @@ def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndar
         ValueError: If the arrays are not of one length, or a label is neither 0 nor 1, or a probability lies outside
             [0, 1] or is NaN.
     """
-    labels, probabilities, users = np.asarray(labels), np.asarray(probabilities), np.asarray(users)
-    if not labels.shape == probabilities.shape == users.shape == (len(labels),):
-        raise ValueError(
-            "`labels`, `probabilities` and `users` must have one shape (n,). "
-            f"Received: {labels.shape}, {probabilities.shape} and {users.shape}"
-        )
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities)
+    shapes = [labels.shape, probabilities.shape, *([] if users is None else [np.shape(users)])]
+    if set(shapes) != {(len(labels),)}:
+        raise ValueError(f"`labels`, `probabilities` and `users` must have one shape (n,). Received: {shapes}")
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"Labels must be 0 or 1. Received: {np.unique(labels)[:10]}")
     valid = (probabilities >= 0) & (probabilities <= 1)
@@ -148,7 +142,7 @@ def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndar
         raise ValueError(f"Probabilities must lie in [0, 1]. Received: {np.unique(probabilities[~valid])[:10]}")
     measured = {
         "auc": auc(labels, probabilities),
-        "gauc": gauc(labels, probabilities, users),
+        **({} if users is None else {"gauc": gauc(labels, probabilities, users)}),
         "accuracy": float(np.mean((probabilities > 0.5) == labels)) if len(labels) else math.nan,
         "log_loss": log_loss(labels, probabilities),
         "calibration_error": calibration_error(labels, probabilities),
@@ -183,13 +177,6 @@ def regression_metrics(labels: np.ndarray, values: np.ndarray) -> dict[str, floa
     mse = float(sklearn_metrics.mean_squared_error(labels, values))
     mae = float(sklearn_metrics.mean_absolute_error(labels, values))
     return {"mse": mse, "rmse": math.sqrt(mse), "mae": mae, "rows": len(labels)}
-
-
-def cell(value: float | int | None) -> str:
-    """A metric as text of a table: four decimals, `-` for one that is not defined."""
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def defined(value: float) -> float | None:

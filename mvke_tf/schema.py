@@ -1,41 +1,48 @@
-"""What the columns are, which tower reads them, and what is predicted."""
+"""What a model reads and predicts: encoded features of two towers, and tasks."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
-from mvke_tf.config import from_dict
+from mvke_tf.config import OBJECTIVES, from_dict
 
 TOWERS = ("user", "item")
 TASK_KINDS = ("binary", "regression")
+TRANSFORMS = ("log1p",)
 WEIGHTS_SUFFIX = "_weights"
 # Inputs of a batch of distinct entities: which user and which item each pair consists of.
 USER_ROWS, ITEM_ROWS = "user_rows", "item_rows"
+# The field of an item side without features: one index for every row.
+CONSTANT_ITEM = "constant_item"
 
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One field of one tower, as integers: index 0 means "unknown".
+    """One encoded field of one tower: indices into an embedding table, or a dense vector.
 
     Args:
         name: Name of the model input. A multi-valued feature has a second input, `<name>_weights`.
         tower: `"user"` or `"item"`.
-        vocabulary_size: Number of indices, the unknown index 0 included.
+        vocabulary_size: Number of indices, the unknown index 0 included; 0 of a dense feature.
         length: 1 for a single value; above 1 the number of slots of a multi-valued feature,
             in which a slot with weight 0 is empty. Give an empty list as one slot of index 0 and weight 1, as
-            `mvke_tf.data.features.Encoder` does: a zero vector has no direction for a layer norm.
+            `mvke_tf.data.encoder.Encoder` does: a zero vector has no direction for a layer norm.
+        width: Entries of a dense feature, float32; 0 of a feature of indices. The first entry is 1 where the value is
+            unknown, and then all others are 0.
         embedding: Name of the feature whose embedding table this one shares; its own by default.
-        unknown_rate: Share of the rows in which training replaces this feature by "unknown", so that index 0 is a
-            trained embedding and not a random one. Single-valued features only.
+        unknown_rate: Share of the rows in which training replaces this feature by "unknown", so that "unknown" is
+            trained and not random. Single-valued and dense features only.
         unknown_group: Features of one group, all of one tower and one rate, are replaced together: what is unknown
-            together later (of a new item its id, its popularity and its mean rating) is so while training.
+            together later (of a new item its id and its statistics) is so while training.
     """
 
     name: str
     tower: str
-    vocabulary_size: int
+    vocabulary_size: int = 0
     length: int = 1
+    width: int = 0
     embedding: str | None = None
     unknown_rate: float = 0.0
     unknown_group: str | None = None
@@ -43,18 +50,32 @@ class Feature:
     def __post_init__(self) -> None:
         if self.tower not in TOWERS:
             raise ValueError(f"Feature {self.name!r}: `tower` must be one of {TOWERS}. Received: {self.tower!r}")
-        if self.vocabulary_size < 1 or self.length < 1:
+        if (self.vocabulary_size < 1) == (self.width < 1) or min(self.vocabulary_size, self.width) < 0:
             raise ValueError(
-                f"Feature {self.name!r}: `vocabulary_size` and `length` must be at least 1. "
-                f"Received: vocabulary_size={self.vocabulary_size}, length={self.length}"
+                f"Feature {self.name!r}: either `vocabulary_size` or `width` must be at least 1, the other 0. "
+                f"Received: vocabulary_size={self.vocabulary_size}, width={self.width}"
+            )
+        if self.length < 1 or (self.width and self.length > 1):
+            raise ValueError(
+                f"Feature {self.name!r}: `length` must be at least 1, and 1 of a dense feature. "
+                f"Received: length={self.length}, width={self.width}"
+            )
+        if self.width and self.embedding is not None:
+            raise ValueError(
+                f"Feature {self.name!r}: a dense feature has no embedding table to share. "
+                f"Received: embedding={self.embedding!r}"
             )
         if not 0.0 <= self.unknown_rate <= 1.0:
             raise ValueError(f"Feature {self.name!r}: `unknown_rate` must lie in [0, 1]. Received: {self.unknown_rate}")
-
         if self.unknown_rate and self.length > 1:
             raise ValueError(
                 f"Feature {self.name!r}: `unknown_rate` is for single-valued features. Received: length={self.length}"
             )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is a dense vector."""
+        return self.width > 0
 
     @property
     def table(self) -> str:
@@ -74,12 +95,15 @@ class Task:
     Args:
         name: Name of the model output and of the label.
         kind: `"binary"` (label 0 or 1) or `"regression"`.
-        given: Name of the binary task whose event must come first, as a click before a conversion. The model then
-            learns p(task given that event) and puts out p(event) · p(task given the event), ESMM's idea (Ma et al.,
-            SIGIR 2018).
+        given: Name of the binary task whose event comes first, as a click before a conversion.
+        objective: How a task with `given` is learned: over all rows as p(event) · p(task given the event), ESMM's idea
+            (Ma et al., SIGIR 2018; `"joint"`); p(task given the event) on the rows with that event only
+            (`"conditional"`), put out as that product where the model has the other task; or over all rows as one
+            probability, as if there were no event before (`"marginal"`). Without influence on other tasks.
         offset: Regression only: what the model adds to its inner product, for example the mean label, so that training
             starts from there.
         domain: Regression only: the lowest and the highest legal label; any by default.
+        transform: Regression only: `"log1p"` if the model learns log(1 + label); serving and reports undo it.
         kernels: Indices of the virtual kernels that this task may select (MVKE), for example
             `(0, 1, 2)`. By default they follow `mvke_tf.models.mvke.default_kernels`.
         experts: Indices of the experts that this task sees (MMoE, CGC), for example `(0, 1, 2, 3, 4, 5)`; by default
@@ -89,20 +113,25 @@ class Task:
     name: str
     kind: str = "binary"
     given: str | None = None
+    objective: str = "joint"
     offset: float = 0.0
     domain: tuple[float, float] | None = None
+    transform: str | None = None
     kernels: tuple[int, ...] | None = None
     experts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in TASK_KINDS:
-            raise ValueError(f"Task {self.name!r}: `kind` must be one of {TASK_KINDS}. Received: {self.kind!r}")
+        for name, legal in (("kind", TASK_KINDS), ("objective", OBJECTIVES), ("transform", (None, *TRANSFORMS))):
+            if getattr(self, name) not in legal:
+                raise ValueError(
+                    f"Task {self.name!r}: `{name}` must be one of {legal}. Received: {getattr(self, name)!r}"
+                )
         if self.kind == "regression" and self.given is not None:
             raise ValueError(f"Task {self.name!r}: `given` is for binary tasks. Received: {self.given!r}")
-        if self.kind == "binary" and (self.offset or self.domain is not None):
+        if self.kind == "binary" and (self.offset or self.domain is not None or self.transform):
             raise ValueError(
-                f"Task {self.name!r}: `offset` and `domain` are for regression tasks. "
-                f"Received: offset={self.offset}, domain={self.domain}"
+                f"Task {self.name!r}: `offset`, `domain` and `transform` are for regression tasks. "
+                f"Received: offset={self.offset}, domain={self.domain}, transform={self.transform}"
             )
         for name in ("kernels", "experts", "domain"):
             if getattr(self, name) is not None:
@@ -111,14 +140,11 @@ class Task:
             raise ValueError(
                 f"Task {self.name!r}: `domain` must be the lowest and the highest legal label. Received: {self.domain}"
             )
-        if self.domain is not None and self.offset and not self.domain[0] <= self.offset <= self.domain[1]:
-            raise ValueError(
-                f"Task {self.name!r}: `offset` must lie in the domain {self.domain}. Received: {self.offset}"
-            )
 
-
-CTR_CVR = (Task("ctr"), Task("cvr"))
-"""The published pair of tasks. Of five virtual kernels CTR sees 0 to 2 and CVR 1 to 4 (`default_kernels`)."""
+    @property
+    def factorised_by(self) -> str | None:
+        """The task whose probability this one's is multiplied with; None where it is learned as one probability."""
+        return None if self.objective == "marginal" else self.given
 
 
 def _check_unique(kind: str, names: Iterable[str]) -> None:
@@ -138,7 +164,7 @@ class Schema:
     """
 
     features: tuple[Feature, ...]
-    tasks: tuple[Task, ...] = CTR_CVR
+    tasks: tuple[Task, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
@@ -147,6 +173,8 @@ class Schema:
         _check_unique("task", (task.name for task in self.tasks))
         if both := sorted({name for feature in self.features for name in feature.inputs} & set(self.task_names)):
             raise ValueError(f"A task and a feature (or its weights) need different names. Received twice: {both}")
+        if not self.tasks:
+            raise ValueError("A schema needs at least one task. Received: no task")
         for number, task in enumerate(self.tasks):
             earlier = [other.name for other in self.tasks[:number] if other.kind == "binary"]
             if task.given is not None and task.given not in earlier:
@@ -154,16 +182,16 @@ class Schema:
                     f"Task {task.name!r}: `given` must name a binary task before it, one of {earlier}. "
                     f"Received: {task.given!r}"
                 )
-        if not self.tasks:
-            raise ValueError("A schema needs at least one task. Received: no task")
         for tower in TOWERS:
             if not self.of_tower(tower):
                 raise ValueError(f"The {tower} tower needs at least one feature. Received: {self.features}")
         by_name = {feature.name: feature for feature in self.features}
         for feature in self.features:
+            if feature.is_dense:
+                continue
             owner = by_name.get(feature.table)
-            if owner is None or owner.embedding is not None:
-                tables = sorted(name for name, other in by_name.items() if other.embedding is None)
+            if owner is None or owner.embedding is not None or owner.is_dense:
+                tables = sorted(name for name, other in by_name.items() if not other.embedding and not other.is_dense)
                 raise ValueError(
                     f"Feature {feature.name!r}: `embedding` must name a feature that owns a table. "
                     f"Received: {feature.embedding!r}; tables: {tables}"
@@ -200,12 +228,12 @@ class Schema:
         """The same features with other tasks."""
         return dataclasses.replace(self, tasks=tuple(tasks))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; `Schema.from_dict` reads it back."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> Schema:
+    def from_dict(cls, values: dict[str, Any]) -> Schema:
         """Reads what `to_dict` wrote."""
         return cls(
             features=tuple(from_dict(Feature, feature) for feature in values["features"]),

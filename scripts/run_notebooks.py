@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from mvke_tf.cli import require_extra, run_main
+from mvke_tf.errors import MvkeError
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -85,7 +86,7 @@ def main() -> None:
     import nbformat
     from nbclient.exceptions import CellExecutionError
 
-    from mvke_tf.files import written_whole
+    from mvke_tf.io import atomic_write
 
     for path in args.notebooks or sorted((REPOSITORY / "notebooks").glob("*.ipynb")):
         print(f"{path.name} ...", flush=True)
@@ -93,9 +94,9 @@ def main() -> None:
         try:
             execute(notebook, path.resolve().parent, MVKE_NOTEBOOK_BUDGET="full")
         except CellExecutionError as error:
-            raise ValueError(f"{path} stopped and is left as it was. Received: {error}") from error
+            raise MvkeError(f"{path} stopped and is left as it was. Received: {error}") from error
         clean(notebook)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             nbformat.write(notebook, temporary)
         print(
             f"{path.name}: {_cpu_seconds() - before:.0f} s of CPU, {path.stat().st_size / 1024:.0f} KiB, written back"

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--points", type=positive_int, default=20, help="points of each curve; divides --steps")
     args = parser.parse_args()
 
-    from mvke_tf.synthetic_experiment import ExperimentConfig, results_table, run_experiment, verdict, write_results
+    from mvke_tf.experiments.mmoe_paper import ExperimentConfig, results_table, run_experiment, verdict, write_results
 
     config = ExperimentConfig(steps=args.steps, points=args.points)
     try:

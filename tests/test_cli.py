@@ -1,60 +1,68 @@
 import argparse
 import inspect
+import json
+import logging
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mvke_tf import cli
 from mvke_tf.cli import add_settings, given_settings, positive_int, read_settings, run_main
 from mvke_tf.config import SECTIONS
-from mvke_tf.data.movielens import DataError
+from mvke_tf.errors import ConfigError, DataError, MvkeError
+from tests.conftest import REPOSITORY
 
-EVALUATE = Path(__file__).resolve().parents[1] / "scripts" / "evaluate.py"
+COMMANDS = (
+    *("init", "check", "prepare", "train", "evaluate", "analyze", "export", "onnx", "serve", "profile", "compare"),
+    *("tune", "schema"),
+)
 
 
 def raises(error: BaseException):
-    def main() -> None:
+    def body() -> None:
         raise error
 
-    return main
+    return body
 
 
-def status(main) -> int:
+def status(body) -> int:
     with pytest.raises(SystemExit) as ended:
-        run_main(main)
+        run_main(body)
     return ended.value.code
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """Runs scripts/evaluate.py: its status, output and error output."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def mvke(capsys):
+    """Runs one command line: its status, output and error output."""
 
     def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(EVALUATE), *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(EVALUATE), run_name="__main__")
+            cli.main(list(map(str, arguments)))
         return ended.value.code, *capsys.readouterr()
 
     return call
 
 
-def test_a_main_that_returns_ends_with_0():
+def test_a_body_that_returns_ends_with_0():
     called = []
     assert status(lambda: called.append(True)) == 0
     assert called == [True]
 
 
-@pytest.mark.parametrize("kind", [ValueError, DataError])
-def test_errors_of_the_user_are_told_without_traceback(kind, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", [MvkeError, DataError])
+def test_what_a_user_can_mend_is_one_line(kind, capsys, monkeypatch):
     monkeypatch.delenv("MVKE_DEBUG", raising=False)
-    assert status(raises(kind("u.data:3 has no rating"))) == 2
-    output, error = capsys.readouterr()
-    assert error.splitlines()[0] == "error: u.data:3 has no rating"
-    assert "Traceback" not in error and output == ""
+    assert status(raises(kind("log.csv:3 has no price"))) == 2
+    assert capsys.readouterr() == ("", "error: log.csv:3 has no price\n")
+
+
+@pytest.mark.parametrize("kind", [ValueError, ZeroDivisionError])
+def test_a_defect_keeps_its_traceback(kind):
+    with pytest.raises(kind):
+        run_main(raises(kind("a bug")))
 
 
 def test_debugging_shows_the_traceback(capsys, monkeypatch):
@@ -64,18 +72,27 @@ def test_debugging_shows_the_traceback(capsys, monkeypatch):
     assert error.startswith("Traceback") and error.endswith("error: bad\n")
 
 
-def test_ctrl_c_ends_with_130(capsys):
-    assert status(raises(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err == "\nInterrupted.\n"
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(capsys):
+    assert status(raises(KeyboardInterrupt("Continue: mvke train --resume runs/a"))) == 130
+    assert capsys.readouterr().err == "\nInterrupted. Continue: mvke train --resume runs/a\n"
 
 
-def test_a_defect_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run_main(lambda: 1 // 0)
+def test_errors_of_the_file_system_are_one_line(capsys):
+    assert status(raises(PermissionError(13, "Permission denied", "runs"))) == 2
+    assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 'runs'\n"
 
 
-def test_a_status_of_main_passes_through():
+def test_a_status_of_the_body_passes_through():
     assert status(lambda: sys.exit(7)) == 7
+
+
+def test_the_log_is_shown_once(capsys):
+    cli.show_log()
+    cli.show_log()
+    logger = logging.getLogger("mvke_tf.anything")
+    logger.info("read 3 rows")
+    logger.warning("2 of them twice")
+    assert capsys.readouterr() == ("read 3 rows\n", "Warning: 2 of them twice\n")
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "2"), ("0", "0")])
@@ -88,71 +105,156 @@ def test_tensorflow_logs_little_unless_told_otherwise(before, after, monkeypatch
     assert seen == [after]
 
 
+def test_tensorflow_starts_silently():
+    code = (
+        "from mvke_tf.cli import import_tensorflow; import_tensorflow(); import tensorflow; print(tensorflow.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    assert (done.stdout, done.stderr) == ("tensorflow\n", "")
+
+
+def test_what_an_import_that_fails_wrote_is_shown(tmp_path):
+    (tmp_path / "tensorflow.py").write_text(
+        "import os\nos.write(2, b'no such library\\n')\nraise ImportError('broken')\n"
+    )
+    code = "from mvke_tf.cli import import_tensorflow; import_tensorflow()"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stderr.startswith("no such library\n") and done.stderr.endswith("ImportError: broken\n")
+
+
 def test_positive_int():
     assert positive_int("12") == 12
-    for text in ("0", "-3", "1.5", "many", ""):
+    for text in ("0", "-3", "1.5", "many", "", "9" * 30):
         with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
             positive_int(text)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, mvke):
+    code, output, _ = mvke(command, "--help")
+    assert code == 0
+    assert output.startswith(f"usage: mvke {command}")
+
+
+def test_all_commands_are_named(mvke):
+    code, output, _ = mvke("--help")
+    assert code == 0
+    assert [name for name in COMMANDS if f"\n    {name} " not in output] == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--help"], "0"),
-        (["--checkpoint_path", "nowhere"], "2"),
-        (["--checkpoint_path", ".", "--split", "tset"], "2"),
-        (["--checkpoint_path", ".", "--batch_size", "0"], "2"),
+        (["evaluate", "--help"], 0),
+        (["train", "--help"], 0),
+        (["evaluate", "nowhere"], 2),
+        (["evaluate", ".", "--split", "tset"], 2),
+        (["evaluate", ".", "--batch_size", "0"], 2),
+        (["train", "--epochs", "many"], 2),
     ],
 )
 def test_help_and_bad_arguments_import_nothing_heavy(arguments, expected):
     code = (
-        "import runpy, sys\n"
-        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as ended:\n    print('status', ended.code)\n"
-        "print('heavy', sorted({'tensorflow', 'keras', 'pandas', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+        "import sys\nfrom mvke_tf import cli\n"
+        f"try:\n    cli.main({arguments!r})\nexcept SystemExit as ended:\n    print('status', ended.code)\n"
+        "heavy = {'tensorflow', 'keras', 'pandas', 'polars', 'sklearn', 'matplotlib', 'pyarrow'}\n"
+        "print('heavy', sorted(heavy & set(sys.modules)))"
     )
-    prefix = f"import sys; sys.argv = {[str(EVALUATE), *arguments]!r}\n"
-    done = subprocess.run([sys.executable, "-c", prefix + code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
     assert done.stdout.splitlines()[-2:] == [f"status {expected}", "heavy []"], done.stderr
 
 
-def test_evaluate_without_a_run_says_what_to_give(evaluate, tmp_path):
-    status, _, error = evaluate("--checkpoint_path", tmp_path / "missing")
-    assert status == 2
-    assert error.endswith(f"error: argument --checkpoint_path: there is nothing at {tmp_path / 'missing'}\n")
-    status, _, error = evaluate("--checkpoint_path", tmp_path)
-    assert status == 2
+def test_a_script_is_the_command(tmp_path):
+    script = REPOSITORY / "scripts" / "evaluate.py"
+    arguments = [sys.executable, script, "--checkpoint_path", tmp_path / "missing"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"error: argument --checkpoint_path: there is nothing at {tmp_path / 'missing'}\n")
+
+
+def test_a_run_is_needed_once(mvke, tmp_path):
+    for arguments in ([], [tmp_path, "--checkpoint_path", tmp_path]):
+        code, _, error = mvke("evaluate", *arguments)
+        assert code == 2 and error.endswith("error: give one run, such as runs/mine\n")
+
+
+def test_evaluate_needs_a_run(mvke, tmp_path):
+    code, _, error = mvke("evaluate", tmp_path)
+    assert code == 2
     assert error.startswith(f"error: There is no run at {tmp_path}. Expected a folder such as")
 
 
-def test_evaluate_refuses_another_model_than_the_run_holds(evaluate, tiny_run):
-    status, _, error = evaluate("--checkpoint_path", tiny_run.folder, "--model", "mmoe")
-    assert status == 2
-    assert error.startswith(f"error: --model does not fit the run {tiny_run.folder}. Expected: mvke. Received: mmoe\n")
+def test_evaluate_refuses_another_model_than_the_run_holds(mvke, tiny_run):
+    code, _, error = mvke("evaluate", tiny_run.folder, "--model", "mmoe")
+    assert code == 2
+    assert error == f"error: --model does not fit the run {tiny_run.folder}. Expected: mvke. Received: mmoe\n"
     assert not tiny_run.report_file.exists()
 
 
-def test_evaluate_prints_the_table_and_the_paths(evaluate, tiny_run):
-    status, output, _ = evaluate("--model", "mvke", "--checkpoint_path", tiny_run.checkpoint, "--split", "validation")
-    assert status == 0
-    lines = output.splitlines()
-    assert lines[0].startswith("Evaluating ") and lines[2].split()[:2] == ["task", "users"]
-    assert [line.split()[0] for line in lines[4:10]] == ["ctr"] * 3 + ["cvr"] * 3
-    made = dict(line.split(":", 1) for line in lines[11:])
-    assert {what: Path(path.strip()) for what, path in made.items()} == {
-        "settings": tiny_run.folder / "config.json",
-        "best checkpoint": tiny_run.checkpoint,
-        "report": tiny_run.report_file,
-        "figures": tiny_run.figures,
-    }
-    assert sorted(path.name for path in tiny_run.figures.iterdir()) == [
-        "validation_calibration.png",
-        "validation_roc.png",
-    ]
+def test_evaluate_prints_the_table_the_paths_and_what_is_next(mvke, tiny_run):
+    code, output, error = mvke("evaluate", tiny_run.checkpoint, "--model", "mvke", "--split", "validation")
+    assert (code, error) == (0, "")
+    table, contents, following = output.split("\n\n")[-3:]
+    assert [line.split()[0] for line in table.splitlines()[2:]] == ["click"] * 3 + ["buy"] * 3
+    made = dict(line.split(":", 1) for line in contents.splitlines())
+    assert Path(made["report"].strip()) == tiny_run.report_file
+    assert f"mvke analyze {tiny_run.folder}" in following and f"mvke export {tiny_run.folder}" in following
 
 
-def parsed(*options: str, sections=("data", "model", "training")) -> argparse.Namespace:
+def test_init_writes_a_declaration_and_never_over_one(mvke, tmp_path):
+    table = tmp_path / "log.csv"
+    rows = [f"u{row % 7},i{row % 5},{row},{row % 2}" for row in range(60)]
+    table.write_text("\n".join(["user_id,item_id,ts,click", *rows]) + "\n")
+    code, output, error = mvke("init", table)
+    assert (code, error) == (0, "")
+    assert f"mvke check {tmp_path / 'log.toml'}" in output
+    before = (tmp_path / "log.toml").read_text()
+    assert "[tasks.click]" in before
+    code, _, error = mvke("init", table)
+    assert code == 2 and error.startswith(f"error: {tmp_path / 'log.toml'} exists.")
+    assert (tmp_path / "log.toml").read_text() == before
+    code, output, _ = mvke("check", tmp_path / "log.toml")
+    assert code == 0 and "user_id" in output
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from mvke_tf.cli import main; main(['schema'])"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=REPOSITORY,
+    )
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    process.stderr.close()
+    assert (process.wait(timeout=120), error) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error(capsys):
+    assert status(raises(BrokenPipeError(32, "Broken pipe"))) == 2
+    assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
+
+
+def test_a_token_that_is_no_text(mvke, tmp_path):
+    (tmp_path / "token").write_bytes(b"\xff\xfe")
+    code, _, error = mvke("serve", tmp_path, "--token_file", tmp_path / "token")
+    assert (code, error) == (
+        2,
+        f"error: --token_file needs a file of text in UTF-8. Received: {tmp_path / 'token'}, which is none\n",
+    )
+
+
+def test_the_published_schema_is_that_of_the_code(mvke):
+    code, output, _ = mvke("schema")
+    assert code == 0
+    published = REPOSITORY / "docs" / "dataset.schema.json"
+    assert json.loads(output) == json.loads(published.read_text(encoding="utf-8"))
+
+
+def parsed(*options: str, sections=("model", "training")) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--set", action="append")
     add_settings(parser, *sections)
     return parser.parse_args(options)
 
@@ -160,24 +262,40 @@ def parsed(*options: str, sections=("data", "model", "training")) -> argparse.Na
 def test_settings_have_the_help_of_their_docstrings(capsys):
     with pytest.raises(SystemExit):
         parsed("--help", sections=("training",))
-    output = " ".join(capsys.readouterr().out.split())
-    assert "--batch_size BATCH_SIZE Pairs per step. (default: 256)" in output
+    assert "(default: 256)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_dedented_docstrings_have_help_too(monkeypatch):
-    """As Python 3.13 makes them."""
+@pytest.mark.parametrize("text", [inspect.cleandoc, lambda text: None])
+def test_dedented_and_missing_docstrings_are_survived(text, monkeypatch):
+    """As Python 3.13 and `python -OO` make them."""
     for cls in SECTIONS.values():
-        monkeypatch.setattr(cls, "__doc__", inspect.cleandoc(cls.__doc__))
+        monkeypatch.setattr(cls, "__doc__", text(cls.__doc__))
     assert parsed("--epochs", "3").epochs == 3
 
 
 def test_given_settings_are_those_on_the_command_line():
-    args = parsed("--epochs", "50", "--data_seed", "1", "--hidden_dims", "8", "4", "--no-distinct", "--tasks", "ctr")
+    args = parsed("--epochs", "50", "--hidden_dims", "8", "4", "--no-deduplicate", "--tasks", "click")
     assert given_settings(args) == {
-        "data": {"seed": 1},
-        "model": {"hidden_dims": [8, 4], "tasks": ["ctr"]},
-        "training": {"epochs": 50, "distinct": False},
+        "model": {"hidden_dims": [8, 4], "tasks": ["click"]},
+        "training": {"epochs": 50, "deduplicate": False},
     }
+
+
+def test_former_names_of_settings_are_understood():
+    args = parsed("--no-distinct", "--clipnorm", "1", "--conversion", "esmm", "--kernel_stddev", "1.0")
+    assert given_settings(args) == {
+        "model": {"objective": "joint", "virtual_kernel_stddev": 1.0},
+        "training": {"deduplicate": False, "global_clipnorm": 1.0},
+    }
+
+
+def test_set_states_any_setting():
+    args = parsed("--set", "training.learning_rate=1e-3", "--set", "model.name=mmoe", "--set", "data.split.by=hash")
+    assert given_settings(args) == {"training": {"learning_rate": 1e-3}, "model": {"name": "mmoe"}}
+    assert list(cli.assignments(args))[-1] == ("data.split.by", "hash")
+    for text in ("epochs=3", "training.epochs", "house.size=3"):
+        with pytest.raises(ConfigError, match="--set takes"):
+            list(cli.assignments(parsed("--set", text)))
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -186,32 +304,28 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
     config = read_settings(parsed("--epochs", "8", "--model", "mmoe"), path)
     assert (config.training.epochs, config.training.batch_size, config.training.patience) == (8, 9, 3)
     assert (config.model.name, config.model.hidden_dims) == ("mmoe", (3,))
+    toml = tmp_path / "config.toml"
+    toml.write_text("[training]\nepochs = 7\nbatch_size = 9\n[model]\nhidden_dims = [3]\n")
+    assert read_settings(parsed("--epochs", "8", "--model", "mmoe"), toml) == config
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "--config needs a JSON file"),
-        ("[1]", "RunConfig is read from an object"),
-        ('{"training": 3}', "TrainingConfig is read from an object"),
-        (
-            '{"training": {"batch_size": "256"}}',
-            "TrainingConfig.batch_size must be of the type of 256. Received: '256'",
-        ),
-        ('{"training": {"epochs": 2.5}}', "TrainingConfig.epochs must be of the type of 50"),
-        ('{"training": {"distinct": 1}}', "TrainingConfig.distinct must be of the type of False"),
-        ('{"training": {"epochs": true}}', "TrainingConfig.epochs must be of the type of 50"),
-        ('{"data": {"seed": null}}', "DataConfig.seed must be of the type of 0. Received: None"),
-        ('{"optimizer": {}}', r"RunConfig has no setting \['optimizer'\]"),
+        ("{", "--config needs a JSON or TOML file"),
+        ("[1]", "must hold sections"),
+        ('{"training": 3}', "must hold sections"),
+        ('{"training": {"batch_size": "256"}}', "batch_size must be of the type of 256. Received: '256'"),
+        ('{"training": {"epochs": 2.5}}', "epochs must be of the type of 50"),
+        ('{"training": {"deduplicate": 1}}', "deduplicate must be of the type of True"),
+        ('{"training": {"epochs": true}}', "epochs must be of the type of 50"),
+        ('{"model": {"embeding_dim": 3}}', "embedding_dim"),
+        ('{"optimizer": {}}', "'optimizer'"),
+        ("[" * 100_000, "--config needs a JSON or TOML file"),
     ],
 )
 def test_a_bad_config_file_is_explained(tmp_path, text, message):
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         read_settings(parsed(), path)
-
-
-def test_errors_of_the_file_system_are_one_line(capsys):
-    assert status(raises(PermissionError(13, "Permission denied", "runs"))) == 2
-    assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 'runs'\n"

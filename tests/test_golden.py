@@ -110,7 +110,12 @@ def check_mixture(golden: Golden) -> None:
     gates = [name.split("mmoe_gates_")[1].split("/")[0] for name in golden.names("var/")] or ["none"]
     experts = range(golden["input/expert_outputs"].shape[1])
     mixed = mixture(
-        keras.layers.Flatten()(inputs["fields"]), inputs["expert_outputs"], experts, f"gate_{gates[0]}", "m"
+        keras.layers.Flatten()(inputs["fields"]),
+        inputs["expert_outputs"],
+        experts,
+        f"gate_{gates[0]}",
+        "m",
+        ModelConfig(),
     )
     model = keras.Model(inputs, {"mixed": mixed})
     check_golden(golden, model, model.trainable_variables)
@@ -188,7 +193,8 @@ def check_dense_mmoe(golden: Golden) -> None:
     experts = Experts(num_experts, (), units, output_activation="relu", name="experts")(inputs["x"])
     tasks = golden.names("output/")
     outputs = {
-        task: mixture(inputs["x"], experts, range(num_experts), f"gate_{task}", f"mixture_{task}") for task in tasks
+        task: mixture(inputs["x"], experts, range(num_experts), f"gate_{task}", f"mixture_{task}", ModelConfig())
+        for task in tasks
     }
     model = keras.Model(inputs, outputs)
     expert_axis_first(golden)

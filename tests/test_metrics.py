@@ -7,12 +7,11 @@ from sklearn.metrics import roc_auc_score
 from mvke_tf.metrics import (
     auc,
     binary_metrics,
-    calibration_bins,
     calibration_error,
-    cell,
     gauc,
     log_loss,
     regression_metrics,
+    value_bins,
 )
 
 LABELS = np.array([0, 0, 1, 1])
@@ -71,10 +70,10 @@ def test_log_loss_of_a_certain_mistake_is_finite():
     assert 30 < log_loss(np.array([1]), np.array([0.0])) < 40
 
 
-def test_calibration_bins_by_hand():
+def test_bins_by_hand():
     labels = np.array([0, 1, 0, 1, 1, 1])
     probabilities = np.array([0.6, 0.8, 0.1, 0.3, 0.9, 0.5])
-    predicted, observed, rows = calibration_bins(labels, probabilities, bins=3)
+    predicted, observed, rows = value_bins(labels, probabilities, bins=3)
     np.testing.assert_allclose(predicted, [0.2, 0.55, 0.85])
     np.testing.assert_allclose(observed, [0.5, 0.5, 1.0])
     np.testing.assert_array_equal(rows, [2, 2, 2])
@@ -97,9 +96,9 @@ def test_calibration_does_not_depend_on_the_order_of_ties():
     assert calibration_error(labels[::-1], tied, bins=2) == pytest.approx(0, abs=1e-12)
 
 
-def test_calibration_needs_a_bin():
+def test_bins_are_at_least_one():
     with pytest.raises(ValueError, match=r"at least 1\. Received: 0"):
-        calibration_bins(LABELS, SCORES, bins=0)
+        value_bins(LABELS, SCORES, bins=0)
 
 
 def test_binary_metrics_has_json_values():
@@ -163,5 +162,8 @@ def test_regression_metrics_rejects_what_is_no_prediction(labels, values, messag
         regression_metrics(np.array(labels), np.array(values))
 
 
-def test_cell():
-    assert [cell(value) for value in (0.5, 12345, None)] == ["0.5000", "12,345", "-"]
+def test_without_users_there_is_no_gauc():
+    users = np.array([7, 7, 7, 8])
+    expected = binary_metrics(LABELS, SCORES, users)
+    expected.pop("gauc")
+    assert binary_metrics(LABELS, SCORES) == expected

@@ -5,21 +5,21 @@ Under TensorFlow alone: other backends load the same files, and the tests of the
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from mvke_tf.config import RunConfig, TrainingConfig
 from mvke_tf.layers import AttentionGate, ConvolutionalExpert, Experts
-from mvke_tf.losses import task_losses, uncertainty_layer, with_uncertainty
-from mvke_tf.models import build_model
-from mvke_tf.models.dense_mmoe import build_mmoe, build_mmoe_recommender
-from mvke_tf.models.two_tower import task_kinds
+from mvke_tf.losses import task_losses
+from mvke_tf.models import MODELS, build_mmoe, build_mmoe_recommender, build_model, with_uncertainty
 from mvke_tf.schema import Task
-from mvke_tf.training import build_training_model
 from tests.models.problems import (
     CONFIG,
     ITEMS,
@@ -32,6 +32,7 @@ from tests.models.problems import (
     randomize,
 )
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 ROW_COUNT = 7
 RANDOM = np.random.default_rng(0)
 FEATURES = RANDOM.normal(size=(ROW_COUNT, 8)).astype("float32")
@@ -163,35 +164,37 @@ CHAIN = (Task("click"), Task("buy", given="click"), Task("stars", "regression", 
 CHAIN_LABELS = {"click": labels()["ctr"], "buy": labels()["cvr"], "stars": 1.0 + 4.0 * labels()["ctr"]}
 
 
-def test_a_model_with_uncertainty_weights_goes_on_training_where_it_was_saved(tmp_path):
-    plain = randomize(two_tower("mvke", CHAIN, embedding_dropout_rate=0.0)[0])
-    model = with_uncertainty(plain)
-    layer = uncertainty_layer(model)
-    layer.log_variances.assign([0.3, -0.2, 1.1])
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_a_model_with_uncertainty_weights_goes_on_training_where_it_was_saved(deduplicate, tmp_path):
+    plain = with_uncertainty(randomize(two_tower("mvke", CHAIN, embedding_dropout_rate=0.0)[0]))
+    plain.log_variances.log_variances.assign([0.3, -0.2, 1.1])
+    model = plain.training_model(deduplicate)
+    inputs = {**USERS, **ITEMS, **ROWS} if deduplicate else PAIRS
     # Tracing would take longer than these few steps.
-    model.compile(keras.optimizers.Adam(0.01), loss=task_losses(model, task_kinds(plain)), run_eagerly=True)
+    model.compile(keras.optimizers.Adam(0.01), loss=task_losses(plain.kinds), run_eagerly=True)
 
     def losses(either):
-        return either.fit(PAIRS, CHAIN_LABELS, batch_size=ROW_COUNT, epochs=3, verbose=0).history["loss"]
+        return [float(either.train_on_batch(inputs, CHAIN_LABELS)[0]) for _ in range(3)]
 
     # The moments of the optimizer are part of what is saved.
     before = losses(model)
     loaded = saved_and_loaded(model, tmp_path)
-    assert_same(loaded, model, PAIRS)
-    assert uncertainty_layer(loaded).by_task() == layer.by_task()
+    assert_same(loaded, model, inputs)
+    assert loaded.log_variances.by_task() == plain.log_variances.by_task()
+    model.reset_metrics()
+    loaded.run_eagerly = True
     after = losses(model)
     assert losses(loaded) == pytest.approx(after, rel=1e-6)
     assert after[-1] < after[0] < before[-1]
-    assert uncertainty_layer(loaded).by_task() == pytest.approx(layer.by_task(), abs=1e-6)
+    assert loaded.log_variances.by_task() == pytest.approx(plain.log_variances.by_task(), abs=1e-6)
 
 
-@pytest.mark.parametrize("distinct", [False, True])
-def test_a_loaded_compiled_model_has_the_fixed_weights_of_the_tasks(distinct, tmp_path):
-    settings = TrainingConfig(task_weights=(2.0, 0.5), distinct=distinct)
-    plain, model = build_training_model(RunConfig(model=CONFIG, training=settings), SCHEMA, steps_per_epoch=4)
-    randomize(plain)
-    model.run_eagerly = True
-    inputs = {**USERS, **ITEMS, **ROWS} if distinct else PAIRS
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_a_loaded_compiled_model_has_the_fixed_weights_of_the_tasks(deduplicate, tmp_path):
+    plain = randomize(two_tower("mvke")[0])
+    model = plain.training_model(deduplicate)
+    model.compile("adam", task_losses(plain.kinds), loss_weights={"ctr": 2.0, "cvr": 0.5}, run_eagerly=True)
+    inputs = {**USERS, **ITEMS, **ROWS} if deduplicate else PAIRS
     model.train_on_batch(inputs, labels())
     loaded = saved_and_loaded(model, tmp_path)
     assert_same(loaded, model, inputs)
@@ -200,6 +203,52 @@ def test_a_loaded_compiled_model_has_the_fixed_weights_of_the_tasks(distinct, tm
     expected, logs = (either.test_on_batch(inputs, labels(), return_dict=True) for either in (model, loaded))
     assert logs == pytest.approx(expected, rel=1e-6)
     assert logs["loss"] == pytest.approx(2.0 * logs["ctr_loss"] + 0.5 * logs["cvr_loss"], rel=1e-5)
+
+
+LOADER = """
+import sys
+import numpy as np
+from pathlib import Path
+from mvke_tf.models import TwoTowerModel, load_model
+
+folder = Path(sys.argv[1])
+with np.load(folder / "inputs.npz") as file:
+    inputs = dict(file)
+for path in sorted(folder.glob("*.keras")):
+    model = load_model(path)
+    assert type(model) is TwoTowerModel, path
+    with np.load(path.with_suffix(".npz")) as file:
+        expected = dict(file)
+    assert {task: task in model.given for task in expected} == {task: task == "buy" for task in expected}, path
+    assert (model.log_variances is not None) == ("uncertainty" in path.stem), path
+    assert ("bfloat16" in path.stem) == ("bfloat16" in {vector.dtype for vector in model.user_tower.output.values()})
+    for task, output in model(inputs).items():
+        np.testing.assert_allclose(output, expected[task], rtol=0, atol=1e-5, err_msg=f"{path} {task}")
+    model.training_model()
+    print(path.stem)
+"""
+
+
+def test_every_model_is_loaded_by_a_process_that_imports_the_models_alone(tmp_path):
+    """With each weighting of the losses, in each precision; and it knows itself there."""
+    saved = set()
+    np.savez(tmp_path / "inputs.npz", **PAIRS)
+    for name, weighting, precision in itertools.product(
+        MODELS, ("fixed", "uncertainty"), ("float32", "mixed_bfloat16")
+    ):
+        with dtype_policy(precision):
+            model = randomize(two_tower(name, CHAIN[:1] if name == "single_task" else CHAIN)[0])
+            if weighting == "uncertainty":
+                model = with_uncertainty(model)
+        stem = f"{name}_{weighting}_{precision}"
+        model.save(tmp_path / f"{stem}.keras")
+        np.savez(tmp_path / f"{stem}.npz", **float32_outputs(model, PAIRS))
+        saved.add(stem)
+    process = subprocess.run(
+        [sys.executable, "-c", LOADER, str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert set(process.stdout.split()) == saved and len(saved) == 28
 
 
 @pytest.mark.parametrize("case", ["dense_defaults", "dense_own_parts", "recommender_ids_only", "recommender_own_parts"])

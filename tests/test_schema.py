@@ -3,12 +3,14 @@ import json
 
 import pytest
 
-from mvke_tf.schema import CTR_CVR, Feature, Schema, Task
+from mvke_tf.schema import CONSTANT_ITEM, Feature, Schema, Task
 
 USER = Feature("user_id", "user", 12, unknown_rate=0.1)
 ITEM = Feature("item_id", "item", 9)
 HISTORY = Feature("history", "user", 9, length=4, embedding="item_id")
-SCHEMA = Schema((USER, ITEM, HISTORY), (Task("ctr", kernels=(0, 2)), Task("rating", "regression")))
+PRICE = Feature("price", "item", width=3, unknown_rate=0.2, unknown_group="item")
+CLICK_BUY = (Task("click"), Task("buy", given="click"))
+SCHEMA = Schema((USER, ITEM, HISTORY), (Task("click", kernels=(0, 2)), Task("rating", "regression", transform="log1p")))
 
 
 def test_round_trip_through_json():
@@ -30,12 +32,31 @@ def test_table_of_a_feature():
 
 
 def test_lists_become_tuples():
-    assert Schema([USER, ITEM], [Task("ctr", kernels=[0, 1])]) == Schema((USER, ITEM), (Task("ctr", kernels=(0, 1)),))
+    assert Schema([USER, ITEM], [Task("click", kernels=[0, 1])]) == Schema(
+        (USER, ITEM), (Task("click", kernels=(0, 1)),)
+    )
+
+
+def test_dense_features():
+    schema = Schema((USER, ITEM, PRICE), CLICK_BUY)
+    assert Schema.from_dict(json.loads(json.dumps(schema.to_dict()))) == schema
+    assert PRICE.is_dense and not ITEM.is_dense
+    assert schema.inputs("item") == ("item_id", "price") and PRICE.inputs == ("price",)
+
+
+def test_an_item_side_of_one_constant():
+    schema = Schema((USER, Feature(CONSTANT_ITEM, "item", 1)), CLICK_BUY)
+    assert schema.inputs("item") == ("constant_item",)
+
+
+@pytest.mark.parametrize(("objective", "by"), [("joint", "click"), ("conditional", "click"), ("marginal", None)])
+def test_what_a_task_is_factorised_by(objective, by):
+    assert Task("buy", given="click", objective=objective).factorised_by == by
+    assert Task("buy", objective=objective).factorised_by is None
 
 
 def test_tasks():
-    assert SCHEMA.task_names == ("ctr", "rating")
-    assert Schema((USER, ITEM)).tasks == CTR_CVR
+    assert SCHEMA.task_names == ("click", "rating")
     other = SCHEMA.with_tasks([Task("buy")])
     assert (other.task_names, other.features) == (("buy",), SCHEMA.features)
 
@@ -49,8 +70,12 @@ def test_is_frozen():
     ("changes", "message"),
     [
         ({"tower": "tag"}, r"'age': `tower` must be one of \('user', 'item'\). Received: 'tag'"),
-        ({"vocabulary_size": 0}, "'age': .* at least 1. Received: vocabulary_size=0, length=1"),
-        ({"length": 0}, "'age': .* at least 1. Received: vocabulary_size=5, length=0"),
+        ({"vocabulary_size": 0}, "'age': either `vocabulary_size` or `width` .* Received: vocabulary_size=0, width=0"),
+        ({"width": 3}, "'age': either .* must be at least 1, the other 0. Received: vocabulary_size=5, width=3"),
+        ({"vocabulary_size": 0, "width": -1}, "'age': either .* Received: vocabulary_size=0, width=-1"),
+        ({"vocabulary_size": 0, "width": 3, "length": 2}, "and 1 of a dense feature. Received: length=2, width=3"),
+        ({"vocabulary_size": 0, "width": 3, "embedding": "x"}, "no embedding table to share. Received: embedding='x'"),
+        ({"length": 0}, "'age': `length` must be at least 1.* Received: length=0, width=0"),
         ({"unknown_rate": 1.5}, r"'age': `unknown_rate` must lie in \[0, 1\]. Received: 1.5"),
         ({"unknown_rate": 0.1, "length": 3}, "'age': `unknown_rate` is for single-valued features. Received: length=3"),
         ({"unknown_rate": -0.5}, r"'age': `unknown_rate` must lie in \[0, 1\]. Received: -0.5"),
@@ -63,36 +88,40 @@ def test_rejects_features(changes, message):
 
 def test_rejects_another_kind_of_task():
     with pytest.raises(ValueError, match=r"`kind` must be one of \('binary', 'regression'\). Received: 'ranking'"):
-        Task("ctr", "ranking")
+        Task("click", "ranking")
 
 
 @pytest.mark.parametrize(
     ("features", "tasks", "message"),
     [
-        ((USER, ITEM, USER), CTR_CVR, r"Every feature needs a name of its own. Received twice: \['user_id'\]"),
-        ((USER, ITEM), (Task("ctr"), Task("ctr")), r"Every task needs a name of its own. Received twice: \['ctr'\]"),
+        ((USER, ITEM, USER), CLICK_BUY, r"Every feature needs a name of its own. Received twice: \['user_id'\]"),
+        (
+            (USER, ITEM),
+            (Task("click"), Task("click")),
+            r"Every task needs a name of its own. Received twice: \['click'\]",
+        ),
         ((USER, ITEM), (), "A schema needs at least one task. Received: no task"),
         (
             (USER, ITEM, Feature("age", "user", 3, unknown_rate=0.2, unknown_group="user_id")),
-            CTR_CVR,
+            CLICK_BUY,
             "unknown_group 'user_id' need one tower and one unknown_rate",
         ),
-        ((USER,), CTR_CVR, "The item tower needs at least one feature. Received: "),
-        ((ITEM,), CTR_CVR, "The user tower needs at least one feature. Received: "),
+        ((USER,), CLICK_BUY, "The item tower needs at least one feature. Received: "),
+        ((ITEM,), CLICK_BUY, "The user tower needs at least one feature. Received: "),
         (
             (USER, ITEM, Feature("liked", "user", 9, embedding="items")),
-            CTR_CVR,
+            CLICK_BUY,
             r"'liked': `embedding` must name a feature that owns a table. Received: 'items'; "
             r"tables: \['item_id', 'user_id'\]",
         ),
         (
             (USER, ITEM, HISTORY, Feature("liked", "user", 9, embedding="history")),
-            CTR_CVR,
+            CLICK_BUY,
             "'liked': `embedding` must name a feature that owns a table. Received: 'history'",
         ),
         (
             (USER, ITEM, Feature("liked", "user", 8, embedding="item_id")),
-            CTR_CVR,
+            CLICK_BUY,
             "'liked' shares the table of 'item_id' and needs its vocabulary_size 9. Received: 8",
         ),
         ((USER, ITEM), (Task("item_id"),), r"need different names. Received twice: \['item_id'\]"),
@@ -106,19 +135,24 @@ def test_rejects_schemas(features, tasks, message):
 def test_rejects_unknown_settings():
     values = SCHEMA.to_dict()
     values["features"][0]["size"] = 3
-    with pytest.raises(ValueError, match=r"Feature has no setting \['size'\]. Known settings: "):
+    with pytest.raises(ValueError, match=r"Feature has no setting 'size'.* Known settings: "):
         Schema.from_dict(values)
 
 
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"kind": "regression", "given": "ctr"}, "`given` is for binary tasks"),
-        ({"offset": 1.0}, "`offset` and `domain` are for regression tasks"),
-        ({"domain": (0, 1)}, "`offset` and `domain` are for regression tasks"),
+        ({"kind": "regression", "given": "click"}, "`given` is for binary tasks"),
+        ({"offset": 1.0}, "`offset`, `domain` and `transform` are for regression tasks. Received: offset=1.0"),
+        ({"domain": (0, 1)}, "`transform` are for regression tasks"),
+        ({"transform": "log1p"}, "`transform` are for regression tasks. .*, transform=log1p"),
+        (
+            {"kind": "regression", "transform": "log2"},
+            r"`transform` must be one of \(None, 'log1p'\). Received: 'log2'",
+        ),
+        ({"objective": "esmm"}, r"`objective` must be one of \('joint', 'conditional', 'marginal'\). Received: 'esmm'"),
         ({"kind": "regression", "domain": (5, 1)}, r"lowest and the highest legal label. Received: \(5, 1\)"),
         ({"kind": "regression", "domain": (5,)}, r"lowest and the highest legal label. Received: \(5,\)"),
-        ({"kind": "regression", "domain": (1, 5), "offset": 9}, r"must lie in the domain \(1, 5\). Received: 9"),
     ],
 )
 def test_settings_of_another_kind_of_task(task, message):

@@ -1,31 +1,35 @@
-"""What the experts of a model learned: frames, pictures, verdict, and the page on a finished run."""
+"""What the experts of a model learned: tables, pictures, verdict, and the page on a finished run."""
 
-from mvke_tf.analysis.contributions import explain_user, gate_effect
-from mvke_tf.analysis.evaluate import evaluate_multitask_model
-from mvke_tf.analysis.frames import (
+from mvke_tf.analysis.explanation import UserState, explain_user, user_state
+from mvke_tf.analysis.report import Analysis, analyze_run
+from mvke_tf.analysis.study import Study
+from mvke_tf.analysis.tables import (
     analyze_expert_weights,
+    expert_cards,
     expert_similarity,
     field_attention,
+    gate_effect,
     gate_entropy,
     gate_weights,
     item_map,
     kernel_similarity,
     utilisation,
 )
-from mvke_tf.analysis.runs import Analysis, analyze_run, user_state
-from mvke_tf.analysis.study import Study
-from mvke_tf.analysis.verdict import Thresholds, Verdict, judge, verdicts
-from mvke_tf.data.groups import Grouping, movielens_groups
+from mvke_tf.analysis.verdict import Finding, Verdict, judge, verdicts
+from mvke_tf.data.groups import Grouping
+from mvke_tf.inference.gates import Thresholds
 
 __all__ = [
     "Analysis",
+    "Finding",
     "Grouping",
     "Study",
     "Thresholds",
+    "UserState",
     "Verdict",
     "analyze_expert_weights",
     "analyze_run",
-    "evaluate_multitask_model",
+    "expert_cards",
     "expert_similarity",
     "explain_user",
     "field_attention",
@@ -35,7 +39,6 @@ __all__ = [
     "item_map",
     "judge",
     "kernel_similarity",
-    "movielens_groups",
     "user_state",
     "utilisation",
     "verdicts",

@@ -9,6 +9,8 @@ from html import escape
 
 import pandas as pd
 
+# Pictures of more pixels across are not shrunk to fit a phone, but scroll.
+WIDE = 700
 _STYLE = """
 :root { color-scheme: light; }
 body { margin: 0 auto; padding: 1rem; max-width: 64rem; box-sizing: border-box; overflow-wrap: break-word;
@@ -18,14 +20,18 @@ h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-top:
 .verdict .try { font-weight: 600; }
 figure { margin: 1rem 0; overflow-x: auto; }
 figure img { display: block; height: auto; max-width: 100%; }
-figcaption, .note { color: #444; font-size: .92rem; }
+figcaption { display: none; color: #444; font-size: .92rem; position: sticky; left: 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: .8rem; }
+.card { border: 1px solid #ccc; border-radius: .4rem; padding: .2rem .9rem; font-size: .92rem; }
+.card h3 { margin: .5rem 0 .2rem; font-size: 1rem; } .card p { margin: .3rem 0; }
 .table { overflow-x: auto; margin: .5rem 0; max-height: 32rem; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th { position: sticky; top: 0; background: #eee; }
 summary { cursor: pointer; color: #005a8c; }
 nav a { margin-right: 1rem; white-space: nowrap; } nav { line-height: 2; }
-@media (max-width: 40rem) { figure img.wide { max-width: none; width: 46rem; } }
+@media (max-width: 46rem) { figure img.wide { max-width: none; width: 46rem; }
+                            figure.wide figcaption { display: block; } }
 """
 
 
@@ -54,6 +60,7 @@ class Section:
         pictures: Pictures.
         tables: `{caption: frame}`, folded up.
         quotes: Boxes of lines, the first a headline: the verdicts.
+        cards: Small boxes of lines side by side, the first a headline.
     """
 
     heading: str
@@ -61,6 +68,7 @@ class Section:
     pictures: tuple[Picture, ...] = ()
     tables: dict[str, pd.DataFrame] = dataclasses.field(default_factory=dict)
     quotes: tuple[str, ...] = ()
+    cards: tuple[str, ...] = ()
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
@@ -94,8 +102,10 @@ def page(title: str, sections: Sequence[Section]) -> str:
 
 def _section(number: int, section: Section) -> str:
     parts = [f'<h2 id="s{number}">{escape(section.heading)}</h2>']
-    parts += [_quote(quote) for quote in section.quotes]
+    parts += [_box(quote, "verdict") for quote in section.quotes]
     parts += [f"<p>{escape(text)}</p>" for text in section.text]
+    if section.cards:
+        parts.append('<div class="cards">\n' + "\n".join(_box(card, "card") for card in section.cards) + "\n</div>")
     parts += [_picture(picture) for picture in section.pictures]
     parts += [
         f"<details><summary>Table: {escape(caption)}</summary>\n"
@@ -105,22 +115,24 @@ def _section(number: int, section: Section) -> str:
     return "<section>\n" + "\n".join(parts) + "\n</section>"
 
 
-def _quote(text: str) -> str:
+def _box(text: str, kind: str) -> str:
     first, *lines = text.splitlines()
     rows = [
         f'<p class="{"try" if line.strip().startswith("Try:") else "line"}">{escape(line.strip())}</p>'
         for line in lines
     ]
-    return f'<div class="verdict">\n<h3>{escape(first)}</h3>\n' + "\n".join(rows) + "\n</div>"
+    return f'<div class="{kind}">\n<h3>{escape(first)}</h3>\n' + "\n".join(rows) + "\n</div>"
 
 
 def _picture(picture: Picture) -> str:
     data = base64.b64encode(picture.content).decode("ascii")
-    wide = int.from_bytes(picture.content[16:20], "big") > 700
-    return (
-        f'<figure tabindex="0"><img{" class=wide" if wide else ""} src="data:image/png;base64,{data}" '
-        f'alt="{escape(picture.alt, quote=True)}"></figure>'
-    )
+    alt = escape(picture.alt, quote=True)
+    image = f'src="data:image/png;base64,{data}" alt="{alt}"'
+    # Of a PNG file the width.
+    if int.from_bytes(picture.content[16:20], "big") <= WIDE:
+        return f"<figure><img {image}></figure>"
+    hint = "<figcaption>Scroll sideways to see all of the picture.</figcaption>"
+    return f'<figure class="wide" tabindex="0" role="group">{hint}<img class="wide" {image}></figure>'
 
 
 def _table(frame: pd.DataFrame) -> str:

@@ -3,50 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mvke_tf.analysis.contributions import AS_TRAINED, gate_effect
-from mvke_tf.analysis.frames import ALL, expert_similarity, gate_entropy, gate_weights, utilisation
-from mvke_tf.analysis.study import Study, has_kernels, is_two_tower
-from mvke_tf.data.groups import Grouping
-from mvke_tf.gate_statistics import COLLAPSED_WEIGHT, DEAD_WEIGHT
-
-STATES = ("collapsed", "uniform", "specialised", "skewed", "balanced")
-
-
-@dataclasses.dataclass(frozen=True)
-class Thresholds:
-    """Where one word ends and the next begins. Entropies and information are shares of their maximum.
-
-    Args:
-        collapsed_weight: Collapsed: one expert has at least this mean weight.
-        uniform_entropy: Uniform: the weights of single impressions have at least this entropy.
-        specialised_information: Specialised: the impression says at least this much about the expert.
-        balanced_entropy: Balanced: the mean weights have at least this entropy; below it, skewed.
-        dead_weight: Dead: never strongest, and a mean weight below this share of an equal share.
-        identical_similarity: Identical: two experts with at least this centred kernel alignment and correlation.
-        flat_attention: Flat field attention: the attention of single impressions has at least this entropy.
-
-    Raises:
-        ValueError: If a threshold lies outside [0, 1].
-    """
-
-    collapsed_weight: float = COLLAPSED_WEIGHT
-    uniform_entropy: float = 0.98
-    specialised_information: float = 0.05
-    balanced_entropy: float = 0.8
-    dead_weight: float = DEAD_WEIGHT
-    identical_similarity: float = 0.99
-    flat_attention: float = 0.999
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"Thresholds.{field.name} must lie in [0, 1]. Received: {value!r}")
+from mvke_tf.analysis.study import Study, has_kernels
+from mvke_tf.analysis.tables import (
+    ALL,
+    AS_TRAINED,
+    MEAN_WEIGHTS,
+    expert_similarity,
+    gate_effect,
+    gate_entropy,
+    gate_weights,
+    utilisation,
+)
+from mvke_tf.data.groups import Grouping, is_small
+from mvke_tf.inference.gates import Thresholds, gate_state
+from mvke_tf.models import TwoTowerModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +31,7 @@ class Finding:
     """One thing to know about a task.
 
     Args:
-        name: One of `STATES`, or `"dead experts"`, `"identical experts"`.
+        name: One of `mvke_tf.inference.gates.STATES`, or `"dead experts"`, `"identical experts"`.
         text: What was found, with its numbers.
         advice: What to try; empty where nothing is wrong.
     """
@@ -80,7 +57,7 @@ class Verdict:
 
     @property
     def state(self) -> str:
-        """One of `STATES`."""
+        """One of `mvke_tf.inference.gates.STATES`."""
         return self.findings[0].name
 
     @property
@@ -105,20 +82,15 @@ def verdicts(
         thresholds: Where one word ends and the next begins.
 
     Raises:
-        ValueError: If the model has no gates.
+        ConfigError: If the model has no gates.
     """
     thresholds = thresholds or Thresholds()
-    try:
-        similarity = expert_similarity(study)
-    except ValueError:
-        # A nested model hides its experts: its gates can be judged all the same.
-        similarity = None
     return judge(
         gate_entropy(study),
-        utilisation(study, thresholds.dead_weight),
-        similarity,
+        utilisation(study, thresholds),
+        expert_similarity(study),
         gate_weights(study, groupings),
-        gate_effect(study) if is_two_tower(study.model) else None,
+        gate_effect(study) if isinstance(study.model, TwoTowerModel) else None,
         thresholds,
         has_kernels(study.model),
     )
@@ -133,14 +105,14 @@ def judge(
     thresholds: Thresholds | None = None,
     kernels: bool = False,
 ) -> tuple[Verdict, ...]:
-    """The verdict on each task of frames that exist already.
+    """The verdict on each task of tables that exist already.
 
     Args:
         entropy: As `gate_entropy` makes it.
         used: As `utilisation` makes it.
         similarity: As `expert_similarity` makes it.
         weights: As `gate_weights` makes it, for evidence.
-        effect: As `gate_effect` makes it, for evidence.
+        effect: As `gate_effect` makes it, for evidence, and to tell a gate that hardly chooses (uniform).
         thresholds: Where one word ends and the next begins.
         kernels: Whether the experts have virtual kernels, for the advice.
     """
@@ -148,28 +120,57 @@ def judge(
     found = []
     for row in entropy.itertuples():
         task = used[used["task"] == row.task]
-        findings = [_state(row, task, thresholds, kernels)]
+        worth = None if effect is None else _Worth.of(effect[effect["task"] == row.task])
+        findings = [_state(row, task, worth, thresholds, kernels)]
         dead = task.loc[task["dead"], "expert"].tolist()
         if dead:
             findings.append(
                 Finding(
                     "dead experts",
-                    f"Dead: {_experts(dead)}, never the strongest, with a mean weight of at most "
+                    f"Dead: {_experts(dead)}, (almost) never the strongest, with a mean weight of at most "
                     f"{task.loc[task['dead'], 'mean_weight'].max():.4f} (an equal share is {1 / row.experts:.3f}).",
                     f"fewer experts ({row.experts - len(dead)} do the work), or a balance loss "
-                    "(--balance_coefficient 0.01).",
+                    "(--load_balancing_weight 0.01).",
                 )
             )
         if similarity is not None:
             findings += _identical(similarity, task["expert"].tolist(), thresholds)
         evidence = [] if weights is None else _by_group(weights[weights["task"] == row.task])
-        if effect is not None and len(effect):
-            evidence += _worth(effect[effect["task"] == row.task])
+        if worth is not None:
+            evidence.append(worth.sentence)
         found.append(Verdict(row.task, tuple(findings), tuple(evidence)))
     return tuple(found)
 
 
-def _state(row, task: pd.DataFrame, thresholds: Thresholds, kernels: bool) -> Finding:
+@dataclasses.dataclass(frozen=True)
+class _Worth:
+    """What the choice of a gate is worth: what is lost with its mean weights, an RMSE as a share; and in words."""
+
+    lost: float
+    sentence: str
+
+    @classmethod
+    def of(cls, effect: pd.DataFrame) -> _Worth | None:
+        """Of the rows of one task; None where its metric is not defined."""
+        if effect.empty or effect["value"].isna().any():
+            return None
+        by_change = effect.set_index("change")
+        trained, mean = by_change.loc[AS_TRAINED], by_change.loc[MEAN_WEIGHTS]
+        metric = trained["metric"]
+        removed = effect[effect["expert"] >= 0]
+        worst = removed.loc[((1 if metric == "auc" else -1) * removed["difference"]).idxmin()]
+        sentence = (
+            f"{metric.upper()} {trained['value']:.4f}; with the mean weights for every impression {mean['value']:.4f} "
+            f"({mean['difference']:+.4f}). The most valuable expert is {worst['expert']}: without it "
+            f"{worst['value']:.4f} ({worst['difference']:+.4f})."
+        )
+        if metric == "auc":
+            return cls(-mean["difference"], sentence)
+        return cls(mean["difference"] / trained["value"] if trained["value"] else math.inf, sentence)
+
+
+def _state(row: Any, task: pd.DataFrame, worth: _Worth | None, thresholds: Thresholds, kernels: bool) -> Finding:
+    """The state of one gate in words, from its row of `gate_entropy` and its rows of `utilisation`."""
     mean = ", ".join(f"{weight:.2f}" for weight in task["mean_weight"])
     shares = (
         f"Over {row.impressions:,} impressions the mean weights of {_experts(task['expert'].tolist())} are {mean}. "
@@ -177,41 +178,57 @@ def _state(row, task: pd.DataFrame, thresholds: Thresholds, kernels: bool) -> Fi
         f"{row.impression_entropy_share:.1%} of the maximum; the mean weights have {row.mean_weight_entropy_bits:.2f}, "
         f"{row.mean_weight_entropy_share:.1%}."
     )
-    if row.largest_mean_weight >= thresholds.collapsed_weight:
+    state = gate_state(
+        row.largest_mean_weight,
+        row.impression_entropy_share,
+        row.information_share,
+        row.mean_weight_entropy_share,
+        thresholds,
+        None if worth is None else worth.lost,
+    )
+    if state == "collapsed":
         strongest = task.loc[task["mean_weight"].idxmax()]
         return Finding(
-            "collapsed",
+            state,
             f"{shares} Expert {strongest['expert']} has nearly all the weight: the mixture is one network.",
-            "a balance loss (--balance_coefficient 0.01), a lower learning rate, or fewer experts.",
+            "a balance loss (--load_balancing_weight 0.01), a lower learning rate, or fewer experts.",
         )
-    if row.impression_entropy_share >= thresholds.uniform_entropy:
+    if state == "uniform":
         return Finding(
-            "uniform",
+            state,
             f"{shares} The gate hardly chooses: every impression listens to all experts nearly alike (a "
             f"weight deviates by {row.weight_deviation:.3f} between impressions, and "
-            f"an equal share is {1 / row.experts:.3f}).",
+            f"an equal share is {1 / row.experts:.3f})"
+            f"{'.' if worth is None else ', and the same weights for every impression would do.'}",
             (
-                "larger initial kernels (--kernel_stddev 1.0), or a higher learning rate."
+                "larger initial kernels (--virtual_kernel_stddev 1.0), or a higher learning rate."
                 if kernels
-                else "a higher learning rate, fewer experts, or no balance loss (--balance_coefficient 0)."
+                else "a higher learning rate, fewer experts, or no balance loss (--load_balancing_weight 0)."
             ),
         )
-    if row.information_share >= thresholds.specialised_information:
-        return Finding(
-            "specialised",
+    if state == "specialised":
+        text = (
             f"{shares} Different impressions listen to different experts: the impression says "
-            f"{row.information_bits:.2f} bits about the expert, {row.information_share:.1%} of the maximum.",
+            f"{row.information_bits:.2f} bits about the expert, {row.information_share:.1%} of the maximum."
         )
-    if row.mean_weight_entropy_share < thresholds.balanced_entropy:
+        return Finding(state, text + _but_worthless(worth, thresholds))
+    if state == "skewed":
         return Finding(
-            "skewed",
+            state,
             f"{shares} Some experts do most of the work, and for all impressions alike.",
-            "a balance loss (--balance_coefficient 0.01), or fewer experts.",
+            "a balance loss (--load_balancing_weight 0.01), or fewer experts.",
         )
-    return Finding("balanced", f"{shares} All experts are used, in a moderately different mix per impression.")
+    text = f"{shares} All experts are used, in a moderately different mix per impression."
+    return Finding(state, text + _but_worthless(worth, thresholds))
 
 
-def _identical(similarity: pd.DataFrame, experts: list[int], thresholds: Thresholds) -> list[Finding]:
+def _but_worthless(worth: _Worth | None, thresholds: Thresholds) -> str:
+    if worth is None or worth.lost >= thresholds.worthless_choice:
+        return ""
+    return " The predictions gain nothing from that choice, though."
+
+
+def _identical(similarity: pd.DataFrame, experts: Sequence[int], thresholds: Thresholds) -> list[Finding]:
     rows = similarity[
         similarity["expert_a"].isin(experts)
         & similarity["expert_b"].isin(experts)
@@ -232,11 +249,11 @@ def _identical(similarity: pd.DataFrame, experts: list[int], thresholds: Thresho
 
 
 def _by_group(weights: pd.DataFrame, most: int = 3) -> list[str]:
-    """The variables whose groups of at least 1 % of the impressions differ most in the weight of an expert."""
+    """The variables whose groups, small ones left out, differ most in the weight of an expert."""
     found = []
     total = weights.loc[weights["variable"] == ALL, "impressions"].max()
     for variable, rows in weights[weights["variable"] != ALL].groupby("variable", sort=False):
-        rows = rows[rows["impressions"] >= 0.01 * total]
+        rows = rows[~is_small(rows["impressions"], total)]
         if rows["group"].nunique() < 2:
             continue
         spread = rows.groupby("expert")["mean_weight"].agg(lambda values: np.ptp(values.to_numpy()))
@@ -248,22 +265,6 @@ def _by_group(weights: pd.DataFrame, most: int = 3) -> list[str]:
         )
         found.append((spread.max(), sentence))
     return [sentence for _, sentence in sorted(found, key=lambda entry: -entry[0])[:most]]
-
-
-def _worth(effect: pd.DataFrame) -> list[str]:
-    if effect.empty or effect["value"].isna().all():
-        return []
-    by_change = effect.set_index("change")
-    trained, mean = by_change.loc[AS_TRAINED], by_change.loc["mean weights"]
-    name = trained["metric"].upper()
-    removed = effect[effect["expert"] >= 0]
-    sign = 1 if trained["metric"] == "auc" else -1
-    worst = removed.loc[(sign * removed["difference"]).idxmin()]
-    return [
-        f"{name} {trained['value']:.4f}; with the mean weights for every impression {mean['value']:.4f} "
-        f"({mean['difference']:+.4f}). The most valuable expert is {worst['expert']}: without it "
-        f"{worst['value']:.4f} ({worst['difference']:+.4f})."
-    ]
 
 
 def attention_note(attention: pd.DataFrame, thresholds: Thresholds | None = None) -> str:
@@ -281,7 +282,7 @@ def attention_note(attention: pd.DataFrame, thresholds: Thresholds | None = None
             f"The field attention is flat: no kernel prefers a field. The attention of one impression has "
             f"{share:.2%} of the maximal entropy, and no mean attention is further than {largest:.5f} from 1/{fields}. "
             "The kernels differ by their experts alone. Larger first projections (--attention_stddev 0.5, with "
-            "--kernel_stddev 1.0) let them listen."
+            "--virtual_kernel_stddev 1.0) let them listen."
         )
     top = attention.sort_values("mean_attention", ascending=False, kind="stable").groupby("kernel").first()
     listens = ", ".join(
@@ -290,5 +291,5 @@ def attention_note(attention: pd.DataFrame, thresholds: Thresholds | None = None
     return f"Listens most to: {listens}; an equal share is {1 / fields:.3f}."
 
 
-def _experts(experts: list[int]) -> str:
+def _experts(experts: Sequence[int]) -> str:
     return f"{'expert' if len(experts) == 1 else 'experts'} {', '.join(map(str, experts))}"

@@ -1,33 +1,45 @@
-"""Groups of users or items, over which gate weights are averaged."""
+"""Groups of users or items, over which metrics and gate weights are broken down."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 from collections.abc import Sequence
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 
-from mvke_tf.data.prepared import Prepared
+from mvke_tf.data.declaration import Group
+from mvke_tf.data.encoder import EncodedFeature, as_kind, known_values
+from mvke_tf.data.store import PreparedDataset
+from mvke_tf.data.values import short
+from mvke_tf.errors import DeclarationError
 from mvke_tf.schema import TOWERS, WEIGHTS_SUFFIX
 
-UNKNOWN = "unknown"
-# The age bands of the later MovieLens data sets, and lengths of history.
-AGE_BANDS = (18, 25, 35, 45, 50, 56)
-HISTORY_BANDS = (1, 10, 50, 100, 200)
+logger = logging.getLogger(__name__)
+
+UNKNOWN, OTHER = "unknown", "other"
+# Most values of a feature that are one group each unless the declaration says otherwise, and groups of more values.
+MOST_VALUES, TOP = 30, 20
+QUANTILES = 4
+# More bands than anyone reads: the step must be wrong.
+MOST_BANDS = 1_000
+# Numbers of a group of fewer rows, or of a smaller share of all rows, say little.
+FEW_ROWS, SMALL_SHARE = 100, 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Grouping:
-    """Groups of the entities of one side; an entity may be in several groups (a film in each of its genres).
+    """Groups of the entities of one side; an entity may be in several groups (an item in each of its tags).
 
     Args:
-        variable: What the groups are values of, for example `"genre"`.
+        variable: What the groups are values of, for example `"age"`.
         side: `"user"` or `"item"`.
         groups: Names of the groups, in the order in which they are shown.
         members: `(N, len(groups))` bool: which rows of the table of that side are in which group.
-        description: Variable and unit, as an axis states them.
+        description: Variable and unit, as an axis states them; the variable by default.
 
     Raises:
         ValueError: If side or shapes are something else.
@@ -47,6 +59,8 @@ class Grouping:
                 f"Grouping {self.variable!r}: `members` must be (rows, {len(self.groups)}). "
                 f"Received: {self.members.shape}"
             )
+        if not self.description:
+            object.__setattr__(self, "description", self.variable)
 
     @classmethod
     def of_labels(
@@ -61,10 +75,15 @@ class Grouping:
             order: Groups in order; by default those that occur, sorted.
             description: See above.
         """
-        labels = np.asarray(labels, str)
-        groups = tuple(np.unique(labels) if order is None else order)
-        members = labels[:, None] == np.asarray(groups, str)
-        return cls(variable, side, groups, members, description or variable)
+        label = np.asarray(labels, str)
+        groups = tuple(np.unique(label).tolist() if order is None else order)
+        members = label[:, None] == np.asarray(groups, str)
+        return cls(variable, side, groups, members, description)
+
+
+def is_small(rows: Any, total: int) -> Any:
+    """Whether groups have too few of all rows for their numbers to say much, elementwise."""
+    return (rows < FEW_ROWS) | (rows < SMALL_SHARE * total)
 
 
 def group_counts(inside: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
@@ -78,54 +97,184 @@ def group_counts(inside: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
     Returns:
         `(G, E)`.
     """
-    return np.stack([np.bincount(rows, weights=column, minlength=size) for column in inside.T])
+    counts = [np.bincount(rows, weights=column, minlength=size) for column in inside.T]
+    return np.stack(counts) if counts else np.zeros((0, size))
 
 
-def movielens_groups(prepared: Prepared) -> tuple[Grouping, ...]:
-    """The groups of MovieLens: genre, popularity and decade of items; age, gender, occupation and history of users.
+def groups(prepared: PreparedDataset) -> tuple[Grouping, ...]:
+    """The groups that the declaration of a dataset names, over the rows of `prepared.users` or `prepared.items`.
 
-    A film counts in each of its genres. Popularity is the number of training impressions, in four bins of (nearly)
-    equally many films, and one for those without any.
+    Without `[groups]`, those of each feature that is neither an id nor a history of values, in the order of the
+    features: one group per value of at most 30 values, and quartiles of a number; a feature that has one group only is
+    left out. Values that are unknown are the last group, "unknown".
+
+    Raises:
+        DeclarationError: If bands are declared of a feature whose values are text, or too many; if one of the declared
+            `values` is none that the feature can have.
     """
-    users, items = prepared.raw["user"], prepared.raw["item"]
-    genres = tuple(str(genre) for genre in items["genres"][0])
-    return (
-        Grouping("genre", "item", genres, np.asarray(items["genres" + WEIGHTS_SUFFIX]) > 0, "genre of the item"),
-        _popularity(items["popularity"]),
-        _decades(items["release_year"]),
-        _bands("age", users["age"], AGE_BANDS, "age of the user (years)"),
-        Grouping.of_labels("gender", "user", users["gender"], description="gender of the user"),
-        Grouping.of_labels("occupation", "user", users["occupation"], description="occupation of the user"),
-        _bands("history", users["rating_count"], HISTORY_BANDS, "items rated before (number)"),
-    )
+    dataset = prepared.dataset
+    features = {feature.name: feature for feature in prepared.encoder.features}
+    if dataset.groups is not None:
+        return tuple(_declared(prepared, features[group.feature], group) for group in dataset.groups)
+    found = []
+    for declared in dataset.features:
+        feature = features[declared.name]
+        is_id = declared.source_column is not None and declared.source_column in (dataset.keys.user, dataset.keys.item)
+        if is_id or feature.raw == "vector" or (declared.history is not None and feature.is_list):
+            continue
+        values, known = _values(prepared, feature)
+        if feature.raw != "number" and len(_distinct(values[known])[0]) > MOST_VALUES:
+            continue
+        grouping = _declared(prepared, feature, Group(feature.name, feature.name))
+        if len(grouping.groups) > 1:
+            found.append(grouping)
+    return tuple(found)
 
 
-def _popularity(popularity: np.ndarray) -> Grouping:
-    known = np.isfinite(popularity)
-    names = np.full(len(popularity), "0", dtype=object)
-    order = ["0"]
-    if known.any():
-        bins = pd.qcut(popularity[known], 4, labels=False, duplicates="drop")
-        labels = {}
-        for number in np.unique(bins):
-            inside = popularity[known][bins == number]
-            labels[number] = f"{inside.min():.0f} to {inside.max():.0f}"
-        names[known] = [labels[number] for number in bins]
-        order += labels.values()
-    return Grouping.of_labels("popularity", "item", names, order, "popularity of the item (training impressions)")
+def _declared(prepared: PreparedDataset, feature: EncodedFeature, group: Group) -> Grouping:
+    values, known = _values(prepared, feature)
+    if group.is_numeric or (feature.raw == "number" and not (group.values or group.top)):
+        if feature.raw == "string":
+            raise DeclarationError(
+                f"{prepared.dataset.name}, [groups.{group.name}]: bands need a number, and the values of "
+                f"{feature.name!r} are texts, such as {_example(values[known])!r}. Group by `values` or `top`."
+            )
+        code, labels = _bands(group, values.astype(np.float32), known, prepared.dataset.name)
+    else:
+        code, labels = _by_value(group, _wanted(group, feature, prepared.dataset.name), values, known)
+    return _grouping(group, feature.tower, code, labels)
 
 
-def _decades(year: np.ndarray) -> Grouping:
-    known = np.isfinite(year)
-    names = np.full(len(year), UNKNOWN, dtype=object)
-    names[known] = [f"{10 * int(value // 10)}s" for value in year[known]]
-    order = [*sorted(set(names) - {UNKNOWN}), *([UNKNOWN] if not known.all() else [])]
-    return Grouping.of_labels("decade", "item", names, order, "decade of release")
+def _wanted(group: Group, feature: EncodedFeature, dataset: str) -> dict[Any, str]:
+    """The declared values as the raw table has them, and what each is called."""
+    wanted: dict[Any, str] = {}
+    for value in group.values:
+        raw = as_kind([value], feature.raw)
+        if not raw:
+            expected = {"integer": "whole numbers", "number": "numbers"}.get(feature.raw, "texts, not empty")
+            raise DeclarationError(
+                f"{dataset}, [groups.{group.name}]: `values` of the feature {feature.name!r} must be {expected}. "
+                f"Received: {short(value)}"
+            )
+        # As float32 a number may be another one.
+        stored = np.float32(raw[0]).item() if feature.raw == "number" else raw[0]
+        wanted.setdefault(stored, _shown(raw[0]))
+    return wanted
 
 
-def _bands(variable: str, values: np.ndarray, bounds: Sequence[int], description: str) -> Grouping:
-    """Bands `[bound, next bound)` of whole numbers, the first below the first bound."""
-    first = str(bounds[0] - 1) if bounds[0] == 1 else f"below {bounds[0]}"
-    between = [f"{low} to {high - 1}" for low, high in pairwise(bounds)]
-    order = [first, *between, f"{bounds[-1]} and more"]
-    return Grouping.of_labels(variable, "user", np.asarray(order)[np.digitize(values, bounds)], order, description)
+def _values(prepared: PreparedDataset, feature: EncodedFeature) -> tuple[np.ndarray, np.ndarray]:
+    """Raw values `(N, L)`, and which of them are known."""
+    table = prepared.users if feature.tower == "user" else prepared.items
+    values = np.asarray(table.raw[feature.name])
+    known = known_values(feature, values)
+    if feature.is_list:
+        return values, known & (np.asarray(table.raw[feature.name + WEIGHTS_SUFFIX]) > 0)
+    return values[:, None], known[:, None]
+
+
+def _example(values: np.ndarray) -> Any:
+    return values[0] if len(values) else ""
+
+
+def _grouping(group: Group, side: str, code: np.ndarray, labels: list[str]) -> Grouping:
+    """Groups of slots `(N, L)`, -1 of an unknown one, as groups of entities."""
+    members = np.zeros((len(code), len(labels)), bool)
+    for number in range(len(labels)):
+        members[:, number] = (code == number).any(axis=1)
+    unknown: np.ndarray = np.all(code < 0, axis=1)
+    if unknown.any():
+        if UNKNOWN in labels:
+            members[unknown, labels.index(UNKNOWN)] = True
+        else:
+            labels, members = [*labels, UNKNOWN], np.concatenate([members, unknown[:, None]], axis=1)
+    return Grouping(group.name, side, tuple(labels), members, group.title or group.name)
+
+
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct values, sorted; of each value its position among them; and how often each occurs."""
+    coded = pa.array(values).dictionary_encode()
+    distinct = coded.dictionary.to_numpy(zero_copy_only=False)
+    order = np.argsort(distinct, kind="stable")
+    position = np.empty(len(order), np.int64)
+    position[order] = np.arange(len(order))
+    number = position[coded.indices.to_numpy(zero_copy_only=False).astype(np.int64)]
+    return distinct[order], number, np.bincount(number, minlength=len(order))
+
+
+def _by_value(
+    group: Group, wanted: dict[Any, str], values: np.ndarray, known: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
+    distinct, number, count = _distinct(values[known])
+    if group.values:
+        position = {value: place for place, value in enumerate(distinct.tolist())}
+        chosen, words = [position.get(value, -1) for value in wanted], list(wanted.values())
+    elif group.top or len(distinct) > MOST_VALUES:
+        chosen = np.argsort(-count, kind="stable")[: group.top or TOP].tolist()
+        words = [_shown(distinct[place]) for place in chosen]
+    else:
+        chosen, words = list(range(len(distinct))), [_shown(value) for value in distinct]
+    labels = list(words)
+    # Values that are not chosen are the last group.
+    of_value = np.full(len(distinct), len(chosen))
+    for place, value in enumerate(chosen):
+        if value >= 0:
+            of_value[value] = place
+    if (of_value == len(chosen)).any():
+        labels.append(OTHER if OTHER not in words else f"all {OTHER}s")
+    code = np.full(values.shape, -1)
+    code[known] = of_value[number]
+    return code, labels
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.9g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def _bands(group: Group, values: np.ndarray, known: np.ndarray, dataset: str) -> tuple[np.ndarray, list[str]]:
+    code, numbers = np.full(values.shape, -1), values[known]
+    whole = bool((numbers == np.floor(numbers)).all())
+    if group.bounds:
+        code[known] = np.digitize(numbers, np.asarray(group.bounds, np.float32))
+        return code, _bound_labels(group.bounds, whole, bool((numbers < 0).any()))
+    if not len(numbers):
+        return code, []
+    if group.step:
+        # Neither float32 nor the division moves a value on a bound into the band below.
+        band = np.floor(np.round(numbers.astype(np.float64) / group.step, 6)).astype(np.int64)
+        bands, code[known] = np.unique(band, return_inverse=True)
+        if len(bands) > MOST_BANDS:
+            raise DeclarationError(
+                f"{dataset}, [groups.{group.name}]: a `step` that makes at most {MOST_BANDS:,} bands of the values, "
+                f"from {_shown(numbers.min())} to {_shown(numbers.max())}, is expected. Received: {group.step:g}, "
+                f"which makes {len(bands):,}"
+            )
+        return code, [_between(low * group.step, (low + 1) * group.step, whole) for low in bands.tolist()]
+    edges = np.unique(np.quantile(numbers.astype(np.float64), np.linspace(0, 1, (group.quantiles or QUANTILES) + 1)))
+    band = np.clip(np.searchsorted(edges, numbers, side="left") - 1, 0, None)
+    bands, code[known] = np.unique(band, return_inverse=True)
+    ends = [(numbers[band == place].min(), numbers[band == place].max()) for place in bands]
+    return code, _range_labels(ends, whole)
+
+
+def _range_labels(ends: Sequence[tuple[float, float]], whole: bool) -> list[str]:
+    """Names of bands by their lowest and highest value, with as many digits as tell them apart."""
+    labels: list[str] = []
+    for digits in (4, 6, 9):
+        texts = [[f"{end:.0f}" if whole else f"{end:.{digits}g}" for end in pair] for pair in ends]
+        labels = [low if low == high else f"{low} to {high}" for low, high in texts]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _bound_labels(bounds: Sequence[float], whole: bool, negative: bool) -> list[str]:
+    first = "0" if bounds[0] == 1 and whole and not negative else f"below {bounds[0]:.9g}"
+    between = [_between(low, high, whole) for low, high in itertools.pairwise(bounds)]
+    return [first, *between, f"{bounds[-1]:.9g} and more"]
+
+
+def _between(low: float, high: float, whole: bool) -> str:
+    """The name of the band [low, high)."""
+    if whole and float(low).is_integer() and float(high).is_integer():
+        return f"{low:.0f}" if high == low + 1 else f"{low:.0f} to {high - 1:.0f}"
+    return f"{low:.9g} to below {high:.9g}"

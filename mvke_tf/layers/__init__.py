@@ -1,10 +1,10 @@
 """Keras layers of the multi-task models, in `keras.ops` only."""
 
-from mvke_tf.layers.embedding import FieldEmbedding, ReplaceByUnknown
-from mvke_tf.layers.exchangeable import AttentionGate, ConvolutionalExpert
-from mvke_tf.layers.experts import Experts, SelectExperts
-from mvke_tf.layers.gates import ExpertGate, GateSoftmax, MixExperts, VirtualKernelGate
-from mvke_tf.layers.rows import GatherRows, JointLogit, RegressionHead, RowDot
+from mvke_tf.layers.embedding import FieldEmbedding, ReplaceByUnknown, StackFields
+from mvke_tf.layers.experts import ConvolutionalExpert, Experts, SelectExperts
+from mvke_tf.layers.gates import AttentionGate, ExpertGate, GatedTag, GateSoftmax, MixExperts, VirtualKernelGate
+from mvke_tf.layers.heads import GatherRows, JointLogit, RegressionHead, RowDot
+from mvke_tf.layers.task_uncertainty import TaskUncertainty
 from mvke_tf.layers.virtual_kernels import VirtualKernelAttention, VirtualKernels
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Experts",
     "FieldEmbedding",
     "GateSoftmax",
+    "GatedTag",
     "GatherRows",
     "JointLogit",
     "MixExperts",
@@ -21,6 +22,8 @@ __all__ = [
     "ReplaceByUnknown",
     "RowDot",
     "SelectExperts",
+    "StackFields",
+    "TaskUncertainty",
     "VirtualKernelAttention",
     "VirtualKernelGate",
     "VirtualKernels",

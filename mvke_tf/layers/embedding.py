@@ -1,7 +1,8 @@
-"""Field embeddings."""
+"""Fields: embeddings, stacked side by side, and made unknown while training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -11,32 +12,37 @@ from keras import ops
 
 @keras.saving.register_keras_serializable(package="mvke_tf")
 class ReplaceByUnknown(keras.layers.Layer):
-    """While training, makes a share of the rows "unknown" (index 0), in all of its inputs together.
+    """While training, makes a share of the rows "unknown", in all of its inputs together.
 
-    It teaches the model what to do with an entity of which nothing is known: without it, the embedding of index 0
-    would hardly be trained, and features that are always unknown together would never be so while training.
+    Unknown is index 0, or of a dense input `[1, 0, ..., 0]`. It teaches the model what to do with an entity of which
+    nothing is known: without it, the embedding of index 0 would hardly be trained, and features that are always unknown
+    together would never be so while training.
 
-    B is the batch.
+    B is the batch, W the width of a dense input.
 
     Args:
         rate: Share of the rows, in [0, 1].
         seed: Seed of the choice.
 
     Call arguments:
-        inputs: A list of integer indices `(B,)`.
+        inputs: A list of integer indices `(B,)` and of float dense inputs `(B, W)`.
         training: Whether rows are replaced.
 
     Returns:
-        The list, with 0 in the chosen rows.
+        The list, with unknown values in the chosen rows.
 
     Raises:
         ValueError: If `rate` lies outside [0, 1].
 
     Example:
 
-    >>> ids, popularity = ReplaceByUnknown(1.0)([np.array([3, 4]), np.array([5, 6])], training=True)
+    >>> ids, price = ReplaceByUnknown(1.0)([np.array([3, 4]), np.array([[0.0, 0.7], [0.0, -1.2]])], training=True)
     >>> ids
     <tf.Tensor: shape=(2,), dtype=int32, numpy=array([0, 0], dtype=int32)>
+    >>> price
+    <tf.Tensor: shape=(2, 2), dtype=float32, numpy=
+    array([[1., 0.],
+           [1., 0.]], dtype=float32)>
     """
 
     def __init__(self, rate: float, seed: int | None = None, **kwargs: Any) -> None:
@@ -48,14 +54,22 @@ class ReplaceByUnknown(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator(seed)
 
     def call(self, inputs, training=None):
-        inputs = [ops.cast(indices, "int32") for indices in inputs]
+        inputs = [ops.cast(column, self._dtype(column)) for column in inputs]
         if not training:
             return inputs
-        known = keras.random.uniform(ops.shape(inputs[0]), seed=self.seed_generator) >= self.rate
-        return [ops.where(known, indices, 0) for indices in inputs]
+        known = keras.random.uniform(ops.shape(inputs[0])[:1], seed=self.seed_generator) >= self.rate
+        return [
+            ops.where(known, column, 0)
+            if len(column.shape) == 1
+            else ops.where(known[:, None], column, ops.one_hot(0, column.shape[1], dtype=column.dtype))
+            for column in inputs
+        ]
+
+    def _dtype(self, column) -> str:
+        return "int32" if len(column.shape) == 1 else self.compute_dtype
 
     def compute_output_spec(self, inputs, training=None):
-        return [keras.KerasTensor(indices.shape, dtype="int32") for indices in inputs]
+        return [keras.KerasTensor(column.shape, dtype=self._dtype(column)) for column in inputs]
 
     def compute_output_shape(self, inputs_shape):
         return inputs_shape
@@ -109,3 +123,50 @@ class FieldEmbedding(keras_rs.layers.EmbedReduce):
         bag = ops.scatter(indices, ops.reshape(weights, (-1,)), (ops.shape(inputs)[0], self.input_dim))
         total = ops.matmul(bag, ops.cast(self.embeddings, self.compute_dtype))
         return ops.divide_no_nan(total, ops.sum(weights, axis=-1, keepdims=True))
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class StackFields(keras.layers.Layer):
+    """Fields `(B, D)` side by side, `(B, F, D)`.
+
+    B is the batch, F the number of fields, D their width.
+
+    Args:
+        fields: Names of the F fields in their order; `call` does not read them: a model keeps them here.
+
+    Call arguments:
+        inputs: A list of F field embeddings `(B, D)`.
+
+    Returns:
+        `(B, F, D)`.
+
+    Raises:
+        ValueError: If there is another number of inputs, or their widths differ.
+
+    Example:
+
+    >>> StackFields(("user_id", "age"))([np.ones((2, 4)), np.zeros((2, 4))]).shape
+    TensorShape([2, 2, 4])
+    """
+
+    def __init__(self, fields: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.fields = tuple(fields)
+
+    def build(self, inputs_shape) -> None:
+        widths = [shape[-1] for shape in inputs_shape]
+        if len(widths) != len(self.fields) or len(set(widths)) != 1:
+            raise ValueError(
+                f"{self.name}: expected one input (B, D) of one width D for each of the fields {self.fields}. "
+                f"Received: {[tuple(shape) for shape in inputs_shape]}"
+            )
+        super().build(inputs_shape)
+
+    def call(self, inputs):
+        return ops.stack(inputs, axis=1)
+
+    def compute_output_shape(self, inputs_shape):
+        return (inputs_shape[0][0], len(self.fields), inputs_shape[0][1])
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "fields": self.fields}

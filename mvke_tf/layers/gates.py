@@ -1,4 +1,4 @@
-"""Gates: how much each task listens to each expert."""
+"""Gates: how much each task listens to each expert, and the mixtures that follow from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from mvke_tf.layers.experts import check_indices
+from mvke_tf.errors import ConfigError
+from mvke_tf.layers.experts import as_sequence, check_indices, check_sequence
 
 
 def check_top_k(top_k: int | None, num_experts: int | None = None, gate: str = "gate") -> int:
@@ -20,18 +21,35 @@ def check_top_k(top_k: int | None, num_experts: int | None = None, gate: str = "
         gate: Name of the gate, for the message.
 
     Raises:
-        ValueError: If it is no integer, negative, or larger than the number of experts.
+        ValueError: If it is no integer, or negative.
+        ConfigError: If it is larger than the number of experts.
     """
     top_k = top_k or 0
     if top_k != int(top_k) or top_k < 0:
         raise ValueError(f"`top_k` must be 0 (all experts) or the number that keep weight. Received: {top_k}")
     top_k = int(top_k)
     if num_experts is not None and top_k > num_experts:
-        raise ValueError(
+        raise ConfigError(
             f"{gate}: `top_k` (`gate_top_k`) must be at most the number of experts that this gate weighs, "
             f"{num_experts}; 0 keeps all. Received: {top_k}"
         )
     return top_k
+
+
+def softmax(scores, axis):
+    """The softmax over one axis; ones where its size is 1, of which Keras would warn.
+
+    Args:
+        scores: Any shape.
+        axis: The axis; its size is looked at if it is static.
+
+    Returns:
+        The shape and the dtype of the scores.
+    """
+    if scores.shape[axis] == 1:
+        # Not a constant: the weights behind the scores have a gradient of zero, and not none.
+        return scores - scores + 1
+    return ops.softmax(scores, axis=axis)
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")
@@ -40,64 +58,65 @@ class GateSoftmax(keras.layers.Layer):
 
     With `top_k`, exactly k experts of a row keep weight, those of the lowest index where scores are equal; the others
     get a weight of exactly zero, and no gradient of a mixture reaches their scores or their outputs. With k = 1 the
-    kept weight is always 1, so that nothing but the balance loss trains the scores.
+    kept weight is always 1, so that nothing but the load-balancing loss trains the scores.
 
-    With `balance`, training adds to the loss `balance * CV(I)²`, where `I_e = Σ_b softmax(s_b)_e` is the importance of
-    expert e and CV(I) the standard deviation of the importances over their mean: 0 if the batch uses all experts alike,
-    E - 1 if it uses one alone. Differs from the paper in that scores have no noise; the softmax is therefore that of
-    all scores, kept or not, so that the loss also reaches an expert that no row chooses.
+    With `load_balancing_weight`, training adds to the loss `load_balancing_weight * CV(I)²`, where
+    `I_e = Σ_b softmax(s_b)_e` is the importance of expert e and CV(I) the standard deviation of the importances over
+    their mean: 0 if the batch uses all experts alike, E - 1 if it uses one alone. Differs from the paper in that
+    scores have no noise; the softmax is therefore that of all scores, kept or not, so that the loss also reaches an
+    expert that no row chooses.
 
     B is the batch, E the number of experts.
 
     Args:
         top_k: Number k of experts that keep weight; None or 0 for all.
-        balance: Coefficient of the loss that evens out the use of experts; 0 for none.
+        load_balancing_weight: Coefficient of the loss that evens out the use of experts; 0 for none.
 
     Call arguments:
         scores: `(B, E)`.
-        training: Whether the balance loss is added.
+        training: Whether the load-balancing loss is added.
 
     Returns:
         Gate weights `(B, E)`, which sum to 1 over the last axis.
 
     Raises:
-        ValueError: If `top_k` is negative or above E, or `balance` is negative.
+        ValueError: If `top_k` is negative or above E, or `load_balancing_weight` is negative.
 
     Example:
 
     >>> GateSoftmax(top_k=2)(np.log([[1.0, 2.0, 6.0]]).astype("float32"))
     <tf.Tensor: shape=(1, 3), dtype=float32, numpy=array([[0.  , 0.25, 0.75]], dtype=float32)>
 
-    Reference: Shazeer et al., ICLR 2017, section 2.1 (top k), equations 6 and 7 (balance).
+    Reference: Shazeer et al., ICLR 2017, section 2.1 (top k), equations 6 and 7 (load balancing).
     """
 
-    def __init__(self, top_k: int | None = None, balance: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, top_k: int | None = None, load_balancing_weight: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if balance < 0.0:
-            raise ValueError(f"`balance` must be 0 or more. Received: {balance}")
+        if load_balancing_weight < 0.0:
+            raise ValueError(f"`load_balancing_weight` must be 0 or more. Received: {load_balancing_weight}")
         self.top_k = check_top_k(top_k)
-        self.balance = float(balance)
+        self.load_balancing_weight = float(load_balancing_weight)
 
     def build(self, scores_shape) -> None:
         check_top_k(self.top_k, scores_shape[-1], self.name)
         super().build(scores_shape)
 
     def call(self, scores, training=None):
-        if training and self.balance:
-            importance = ops.sum(ops.softmax(ops.cast(scores, "float32"), axis=-1), axis=0)
-            self.add_loss(self.balance * squared_variation(importance))
+        if training and self.load_balancing_weight:
+            importance = ops.sum(softmax(ops.cast(scores, "float32"), axis=-1), axis=0)
+            self.add_loss(self.load_balancing_weight * squared_variation(importance))
         if self.top_k:
             # By index and not by the k-th highest score, which several experts may have.
             _, chosen = ops.top_k(scores, self.top_k)
             kept = ops.sum(ops.one_hot(chosen, scores.shape[-1], dtype="int32"), axis=-2) > 0
             scores = ops.where(kept, scores, float("-inf"))
-        return ops.softmax(scores, axis=-1)
+        return softmax(scores, axis=-1)
 
     def compute_output_shape(self, scores_shape):
         return tuple(scores_shape)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "top_k": self.top_k, "balance": self.balance}
+        return {**super().get_config(), "top_k": self.top_k, "load_balancing_weight": self.load_balancing_weight}
 
 
 def squared_variation(values):
@@ -117,12 +136,12 @@ class VirtualKernelGate(keras.layers.Layer):
     Args:
         kernels: Indices of the virtual kernels that the task may select.
         top_k: Number of kernels that keep weight, per row (see `GateSoftmax`); 0 for all, as published.
-        balance: Coefficient of the loss that evens out the use of kernels (see `GateSoftmax`).
+        load_balancing_weight: Coefficient of the loss that evens out the use of kernels (see `GateSoftmax`).
 
     Call arguments:
         tag: Tag vectors `(B, D)`.
         kernels: Virtual kernels W `(K, D)`.
-        training: Whether the balance loss is added.
+        training: Whether the load-balancing loss is added.
 
     Returns:
         Gate weights `(B, len(kernels))`, which sum to 1 over the last axis.
@@ -139,11 +158,13 @@ class VirtualKernelGate(keras.layers.Layer):
     Reference: Xu et al., KDD 2022, section 4.3.
     """
 
-    def __init__(self, kernels: Sequence[int], top_k: int = 0, balance: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, kernels: Sequence[int], top_k: int = 0, load_balancing_weight: float = 0.0, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.kernels = check_indices(kernels)
         check_top_k(top_k, len(self.kernels), self.name)
-        self.softmax = GateSoftmax(top_k, balance, dtype=self.dtype_policy, name="softmax")
+        self.softmax = GateSoftmax(top_k, load_balancing_weight, dtype=self.dtype_policy, name="softmax")
 
     def build(self, tag_shape, kernels_shape) -> None:
         check_indices(self.kernels, kernels_shape[0])
@@ -167,7 +188,7 @@ class VirtualKernelGate(keras.layers.Layer):
             **super().get_config(),
             "kernels": self.kernels,
             "top_k": self.softmax.top_k,
-            "balance": self.softmax.balance,
+            "load_balancing_weight": self.softmax.load_balancing_weight,
         }
 
 
@@ -182,11 +203,11 @@ class ExpertGate(keras.layers.Layer):
         stddev: Standard deviation of the normal distribution that Wg starts from.
         seed: Seed of that draw.
         top_k: Number of experts that keep weight, per row (see `GateSoftmax`); 0 for all.
-        balance: Coefficient of the loss that evens out the use of experts (see `GateSoftmax`).
+        load_balancing_weight: Coefficient of the loss that evens out the use of experts (see `GateSoftmax`).
 
     Call arguments:
         inputs: `(B, I)`.
-        training: Whether the balance loss is added.
+        training: Whether the load-balancing loss is added.
 
     Returns:
         Gate weights `(B, len(experts))`, which sum to 1 over the last axis.
@@ -209,7 +230,7 @@ class ExpertGate(keras.layers.Layer):
         stddev: float = 0.01,
         seed: int | None = None,
         top_k: int = 0,
-        balance: float = 0.0,
+        load_balancing_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -223,7 +244,7 @@ class ExpertGate(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="dense",
         )
-        self.softmax = GateSoftmax(top_k, balance, dtype=self.dtype_policy, name="softmax")
+        self.softmax = GateSoftmax(top_k, load_balancing_weight, dtype=self.dtype_policy, name="softmax")
 
     def build(self, inputs_shape) -> None:
         self.dense.build(inputs_shape)
@@ -243,7 +264,7 @@ class ExpertGate(keras.layers.Layer):
             "stddev": self.stddev,
             "seed": self.seed,
             "top_k": self.softmax.top_k,
-            "balance": self.softmax.balance,
+            "load_balancing_weight": self.softmax.load_balancing_weight,
         }
 
 
@@ -295,3 +316,115 @@ class MixExperts(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "experts": self.experts}
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class GatedTag(keras.layers.Layer):
+    """The item vector of MVKE: the tag, scaled by each gate weight in turn, side by side.
+
+    Its inner product with the outputs of the same experts side by side is the published logit,
+    `⟨concat_k expert_k, concat_k g_k tag⟩ = ⟨Σ_k g_k expert_k, tag⟩`.
+
+    B is the batch, n the number of gate weights, D the width of the tag.
+
+    Call arguments:
+        tag: Tag vectors `(B, D)`.
+        gate: Gate weights `(B, n)`.
+
+    Returns:
+        `(B, n D)`.
+
+    Example:
+
+    >>> GatedTag()(np.array([[1.0, 2.0]]), np.array([[0.25, 0.75]]))
+    <tf.Tensor: shape=(1, 4), dtype=float32, numpy=array([[0.25, 0.5 , 0.75, 1.5 ]], dtype=float32)>
+    """
+
+    def build(self, tag_shape, gate_shape) -> None:
+        super().build(tag_shape)
+
+    def call(self, tag, gate):
+        return ops.reshape(gate[:, :, None] * tag[:, None, :], (-1, gate.shape[1] * tag.shape[1]))
+
+    def compute_output_shape(self, tag_shape, gate_shape):
+        return (tag_shape[0], gate_shape[1] * tag_shape[1])
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class AttentionGate(keras.layers.Layer):
+    """Scores of the experts by attention among the parts of the input: `s = mean over tokens of MHA(T, T) Wp + bp`.
+
+    Every token T_l attends to all tokens (multi-head self-attention); the mean over the tokens is projected to one
+    score per expert. An input of I single values becomes I tokens `T_i = x_i w_i + b_i`, with a vector w_i and b_i of
+    each value's own, without which attention could not tell one value from another. The tokens of a `(B, L, C)` input
+    are taken as they are: where their order matters, they must carry their position.
+
+    B is the batch, I the input width, L the number of tokens, C their width, E the number of experts.
+
+    Args:
+        num_experts: Number E of experts.
+        num_heads: Number of attention heads.
+        key_dim: Width of the queries, keys and values of each head. A token of a `(B, I)` input is `num_heads *
+            key_dim` wide.
+
+    Call arguments:
+        inputs: `(B, L, C)`, or `(B, I)`.
+
+    Returns:
+        Scores `(B, E)`; `GateSoftmax`, or `build_mmoe(gates=...)`, makes gate weights of them.
+
+    Raises:
+        ValueError: If a size is not positive, or the input has another rank.
+
+    Example:
+
+    >>> AttentionGate(num_experts=3)(np.ones((4, 128))).shape
+    TensorShape([4, 3])
+
+    Reference: Vaswani et al., NeurIPS 2017, section 3.2.2 (attention); Gorishniy et al., NeurIPS 2021, section 3.3
+    (tokens of single values).
+    """
+
+    def __init__(self, num_experts: int, num_heads: int = 2, key_dim: int = 8, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if min(num_experts, num_heads, key_dim) < 1:
+            raise ValueError(
+                "Sizes must be at least 1. "
+                f"Received: num_experts={num_experts}, num_heads={num_heads}, key_dim={key_dim}"
+            )
+        self.num_experts = num_experts
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.attention = keras.layers.MultiHeadAttention(num_heads, key_dim, dtype=self.dtype_policy, name="attention")
+        self.projection = keras.layers.Dense(num_experts, dtype=self.dtype_policy, name="projection")
+        self.token_kernel = self.token_bias = None
+
+    def build(self, inputs_shape) -> None:
+        batch, length, width = check_sequence(self.name, inputs_shape)
+        if len(inputs_shape) == 2:
+            width = self.num_heads * self.key_dim
+            initializer = keras.initializers.RandomUniform(-(width**-0.5), width**-0.5)
+            self.token_kernel = self.add_weight(shape=(length, width), initializer=initializer, name="token_kernel")
+            self.token_bias = self.add_weight(shape=(length, width), initializer=initializer.clone(), name="token_bias")
+        tokens_shape = (batch, length, width)
+        self.attention.build(tokens_shape, tokens_shape)
+        self.projection.build((batch, width))
+        super().build(inputs_shape)
+
+    def call(self, inputs, training=None):
+        tokens = as_sequence(inputs)
+        if self.token_kernel is not None:
+            tokens = tokens * self.token_kernel + self.token_bias
+        attended = self.attention(tokens, tokens, training=training)
+        return self.projection(ops.mean(attended, axis=1))
+
+    def compute_output_shape(self, inputs_shape):
+        return (inputs_shape[0], self.num_experts)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "num_heads": self.num_heads,
+            "key_dim": self.key_dim,
+        }

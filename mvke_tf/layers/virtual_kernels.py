@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from mvke_tf.layers.gates import softmax
+
 # tf.contrib's layer normalisation, which the reference uses; Keras' own default is 1e-3.
 LAYER_NORM_EPSILON = 1e-12
 
@@ -140,7 +142,7 @@ class VirtualKernelAttention(keras.layers.Layer):
         key, query = self.dense["key"], ops.transpose(self.dense["query"](kernels))
         # (X Wk + bk) Qᵀ, multiplied from the right: the keys (B, F, D) need not be made.
         scores = ops.matmul(fields, ops.matmul(key.kernel, query)) + ops.matmul(key.bias, query)
-        scores = ops.softmax(scores / fields.shape[-1] ** 0.5, axis=1)
+        scores = softmax(scores / fields.shape[-1] ** 0.5, axis=1)
         outputs = normalized_mixture(scores, self.dense["value"](fields), fields, self.gamma, self.beta)
         return (outputs, scores) if return_attention_scores else outputs
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import keras
 
-from mvke_tf.config import ModelConfig
-from mvke_tf.models.mmoe import build_cgc, build_mmoe_two_tower, build_ple
+from mvke_tf.config import ModelConfig, nearest
+from mvke_tf.errors import ConfigError, RunError
+from mvke_tf.io import CORRUPT_FILE_ERRORS
+from mvke_tf.models.dense_mmoe import DenseMMoE, build_mmoe, build_mmoe_recommender
+from mvke_tf.models.mmoe import build_mmoe_two_tower
+from mvke_tf.models.multi_task import MultiTaskModel, with_uncertainty
 from mvke_tf.models.mvke import build_mvke
+from mvke_tf.models.ple import build_cgc, build_ple
 from mvke_tf.models.shared_bottom import build_hard_sharing, build_shared_bottom, build_single_task
+from mvke_tf.models.two_tower import TwoTowerModel, build_two_tower
 from mvke_tf.schema import Schema
 
-MODELS: dict[str, Callable[[Schema, ModelConfig], keras.Model]] = {
+MODELS: dict[str, Callable[[Schema, ModelConfig | None], TwoTowerModel]] = {
     "mvke": build_mvke,
     "mmoe": build_mmoe_two_tower,
     "cgc": build_cgc,
@@ -32,10 +39,61 @@ READERS = {
     "task_experts": ("mmoe", "cgc"),
     "shared_experts": ("mvke",),
     "gate_top_k": MIXTURES,
-    "balance_coefficient": MIXTURES,
-    "kernel_stddev": ("mvke",),
+    "load_balancing_weight": MIXTURES,
+    "virtual_kernel_stddev": ("mvke",),
     "attention_stddev": ("mvke",),
 }
+
+__all__ = [
+    "MIXTURES",
+    "MODELS",
+    "READERS",
+    "DenseMMoE",
+    "MultiTaskModel",
+    "TwoTowerModel",
+    "build_cgc",
+    "build_hard_sharing",
+    "build_mmoe",
+    "build_mmoe_recommender",
+    "build_mmoe_two_tower",
+    "build_model",
+    "build_mvke",
+    "build_ple",
+    "build_shared_bottom",
+    "build_single_task",
+    "build_two_tower",
+    "check_model",
+    "load_model",
+    "unread_settings",
+    "with_uncertainty",
+]
+
+
+def build_model(name: str, schema: Schema, config: ModelConfig | None = None) -> TwoTowerModel:
+    """A model by name, `{feature: tensor} -> {task: output (B, 1)}`.
+
+    Args:
+        name: One of `MODELS`.
+        schema: Features and tasks.
+        config: Shape of the model; the default shape if None.
+
+    Raises:
+        ConfigError: If there is no such model, or not of this shape for these tasks.
+    """
+    check_model(name, len(schema.tasks))
+    return MODELS[name](schema, config)
+
+
+def check_model(name: str, num_tasks: int | None = None) -> None:
+    """Validates the name of a model, and the number of tasks that it is to learn.
+
+    Raises:
+        ConfigError: If there is no such model; the message says what there is.
+    """
+    if name not in MODELS:
+        raise ConfigError(f"Unknown model. Expected one of {sorted(MODELS)}. Received: {name!r}{nearest(name, MODELS)}")
+    if name == "single_task" and num_tasks not in (None, 1):
+        raise ConfigError(f"single_task learns one task at a time; name it with --tasks. Received: {num_tasks} tasks")
 
 
 def unread_settings(config: ModelConfig) -> list[str]:
@@ -48,23 +106,25 @@ def unread_settings(config: ModelConfig) -> list[str]:
     ]
 
 
-def check_model(name: str, num_tasks: int | None = None) -> None:
-    """Does nothing if there is a model of this name, for so many tasks.
+def load_model(path: Path | str) -> TwoTowerModel:
+    """A saved two-tower model, uncompiled.
+
+    Args:
+        path: A `.keras` file. Layers of other packages in it must have been registered with Keras.
 
     Raises:
-        ValueError: If there is none; the message says what there is.
+        RunError: If the file is missing, damaged, or holds another model.
     """
-    if name not in MODELS:
-        raise ValueError(f"Unknown model. Expected one of {sorted(MODELS)}. Received: {name!r}")
-    if name == "single_task" and num_tasks not in (None, 1):
-        raise ValueError(f"single_task learns one task at a time, for example --tasks ctr. Received: {num_tasks} tasks")
-
-
-def build_model(name: str, schema: Schema, config: ModelConfig | None = None) -> keras.Model:
-    """A model by name, `{feature: tensor} -> {task: logit (B, 1)}`.
-
-    Raises:
-        ValueError: If there is no such model.
-    """
-    check_model(name, len(schema.tasks))
-    return MODELS[name](schema, config)
+    path = Path(path)
+    if not path.is_file():
+        raise RunError(f"There is no model at {path}. Expected a file such as runs/<name>/best.keras")
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except (*CORRUPT_FILE_ERRORS, KeyError) as error:
+        raise RunError(f"{path} is damaged ({error}). Train again.") from error
+    if not isinstance(model, TwoTowerModel):
+        raise RunError(
+            f"Expected a two-tower model, as `build_model` makes it; load any other with keras.saving.load_model. "
+            f"Received: {type(model).__name__} in {path}"
+        )
+    return model

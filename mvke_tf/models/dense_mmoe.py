@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 
 from mvke_tf.layers import ExpertGate, Experts, GateSoftmax, MixExperts
+from mvke_tf.models.multi_task import Mixture, MultiTaskModel
+
+WEIGHTS_OUTPUT = "_expert_weights"
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class DenseMMoE(MultiTaskModel):
+    """A model of `build_mmoe`: `{task: output}`, perhaps with `{task}_expert_weights` beside.
+
+    Its experts and gates read the whole input, which counts as the user's side.
+    """
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks, in order."""
+        return tuple(name for name in self.output if not name.endswith(WEIGHTS_OUTPUT))
+
+    def _mixtures(self) -> dict[str, Mixture]:
+        layers = {task: self.get_layer(f"mixture_{task}") for task in self.task_names}
+        return {task: Mixture("user", mix.input[1], mix.input[0], mix.experts) for task, mix in layers.items()}
 
 
 def _mlp(x, widths: Sequence[int], dropout_rate: float, name: str):
@@ -17,7 +38,7 @@ def _mlp(x, widths: Sequence[int], dropout_rate: float, name: str):
     return x
 
 
-def _own_experts(inputs, experts: Sequence[keras.Layer]):
+def _given_experts(inputs, experts: Sequence[keras.Layer]):
     """The outputs of the caller's experts, `(B, E, O)`."""
     if len({id(expert) for expert in experts}) != len(experts):
         raise ValueError(f"Every expert must be a layer of its own. Received: {[expert.name for expert in experts]}")
@@ -30,7 +51,7 @@ def _own_experts(inputs, experts: Sequence[keras.Layer]):
     return keras.layers.Concatenate(axis=1, name="experts")(rows)
 
 
-def _own_gate(inputs, gate: keras.Layer, num_experts: int, name: str, top_k: int, balance: float):
+def _given_gate(inputs, gate: keras.Layer, num_experts: int, name: str, top_k: int, load_balancing_weight: float):
     """The weights `(B, E)` of the caller's gate, which gives scores."""
     scores = gate(inputs)
     if tuple(scores.shape[1:]) != (num_experts,):
@@ -38,7 +59,7 @@ def _own_gate(inputs, gate: keras.Layer, num_experts: int, name: str, top_k: int
             f"A gate must put out one score per expert, (B, {num_experts}). "
             f"Received: {tuple(scores.shape)} from {gate.name!r}"
         )
-    return GateSoftmax(top_k, balance, name=name)(scores)
+    return GateSoftmax(top_k, load_balancing_weight, name=name)(scores)
 
 
 def build_mmoe(
@@ -54,16 +75,18 @@ def build_mmoe(
     experts: Sequence[keras.Layer] | None = None,
     gates: Sequence[keras.Layer] | None = None,
     gate_top_k: int = 0,
-    balance_coefficient: float = 0.0,
-) -> keras.Model:
+    load_balancing_weight: float = 0.0,
+    features: Any = None,
+    name: str = "mmoe",
+) -> DenseMMoE:
     """MMoE on dense features: experts, one gate per task, one tower per task.
 
     Every layer of an expert is relu (the last width of `expert_hidden_dims` is the experts' output), a gate is
     softmax of a linear layer, after an MLP where `gate_hidden_dims` is given, and a tower is a relu MLP with a linear
     output: a logit for a classification task, a value for a regression task. Which it is, the loss decides.
 
-    Experts and gates may be layers of the caller's own, which become part of the model: any Keras layer, such as
-    `mvke_tf.layers.ConvolutionalExpert` and `mvke_tf.layers.AttentionGate`. A class of one's own needs
+    Experts and gates may be given as layers, which become part of the model: any Keras layer, such as
+    `mvke_tf.layers.ConvolutionalExpert` and `mvke_tf.layers.AttentionGate`. A custom class needs
     `keras.saving.register_keras_serializable`, so that the model can be loaded.
 
     Args:
@@ -80,8 +103,11 @@ def build_mmoe(
         gates: One layer per task, from `(B, input_dim)` to scores `(B, E)`, of which the weights are the softmax. The
             same layer for all tasks makes the one-gate MoE of the paper (OMoE).
         gate_top_k: Experts that keep weight in each row, those with the highest scores; 0 keeps all.
-        balance_coefficient: Coefficient of the training loss that evens out the use of experts, once per task (see
+        load_balancing_weight: Coefficient of the training loss that evens out the use of experts, once per task (see
             `mvke_tf.layers.GateSoftmax`); 0 leaves it out.
+        features: A symbolic tensor `(B, I)`, made of any inputs by any layers, that experts and gates read. By default
+            the model has one input `"features"`, of width `input_dim`.
+        name: Name of the model.
 
     Returns:
         A model from `(B, input_dim)` to `{"task_0": (B, task_output_dims[0]), ...}`; with `return_expert_weights` also
@@ -114,29 +140,36 @@ def build_mmoe(
     output_dims = (1,) * num_tasks if task_output_dims is None else tuple(task_output_dims)
     if len(output_dims) != num_tasks:
         raise ValueError(f"Expected an output width for each of the {num_tasks} tasks. Received: {output_dims}")
-    inputs = keras.Input((input_dim,), name="features")
+    if features is None:
+        inputs = features = keras.Input((input_dim,), name="features")
+    else:
+        inputs = {tensor.name: tensor for tensor in keras.utils.get_source_inputs(features)}
     if experts is None:
         *hidden, units = expert_hidden_dims
         expert_outputs = Experts(
             num_experts, hidden, units, dropout_rate=dropout_rate, output_activation="relu", name="experts"
-        )(inputs)
+        )(features)
     else:
-        expert_outputs = _own_experts(inputs, experts)
+        expert_outputs = _given_experts(features, experts)
     outputs, weights = {}, {}
     everything = tuple(range(expert_outputs.shape[1]))
     for index, output_dim in enumerate(output_dims):
         task = f"task_{index}"
-        sparse = {"name": f"gate_{task}", "top_k": gate_top_k, "balance": balance_coefficient}
+        sparse: dict[str, Any] = {
+            "name": f"gate_{task}",
+            "top_k": gate_top_k,
+            "load_balancing_weight": load_balancing_weight,
+        }
         if gates is None:
-            gate_input = _mlp(inputs, gate_hidden_dims or (), dropout_rate, f"gate_hidden_{task}")
+            gate_input = _mlp(features, gate_hidden_dims or (), dropout_rate, f"gate_hidden_{task}")
             gate = ExpertGate(everything, **sparse)(gate_input)
         else:
-            gate = _own_gate(inputs, gates[index], len(everything), **sparse)
+            gate = _given_gate(features, gates[index], len(everything), **sparse)
         mixed = MixExperts(everything, name=f"mixture_{task}")(expert_outputs, gate)
         tower = _mlp(mixed, tower_hidden_dims, dropout_rate, f"tower_{task}")
         outputs[task] = keras.layers.Dense(output_dim, name=task, dtype="float32")(tower)
-        weights[f"{task}_expert_weights"] = gate
-    return keras.Model(inputs, {**outputs, **weights} if return_expert_weights else outputs, name="mmoe")
+        weights[task + WEIGHTS_OUTPUT] = gate
+    return DenseMMoE(inputs, {**outputs, **weights} if return_expert_weights else outputs, name=name)
 
 
 def build_mmoe_recommender(
@@ -146,8 +179,8 @@ def build_mmoe_recommender(
     num_dense_features: int = 8,
     num_experts: int = 4,
     num_tasks: int = 2,
-    **settings,
-) -> keras.Model:
+    **settings: Any,
+) -> DenseMMoE:
     """The plain MMoE on a user embedding, an item embedding and dense features, side by side.
 
     Args:
@@ -157,8 +190,7 @@ def build_mmoe_recommender(
         num_dense_features: Number N of dense features; 0 leaves that input out.
         num_experts: Number of experts.
         num_tasks: Number of tasks.
-        **settings: Further arguments of `build_mmoe`, with which experts and gates of one's own read
-            `(B, 2 * embedding_dim + N)`.
+        **settings: Further arguments of `build_mmoe`, where experts and gates read `(B, 2 * embedding_dim + N)`.
 
     Returns:
         A model from `{"user_id": (B,), "item_id": (B,), "dense_features": (B, N)}` to the outputs of `build_mmoe`.
@@ -179,5 +211,6 @@ def build_mmoe_recommender(
         inputs["dense_features"] = keras.Input((num_dense_features,), name="dense_features")
         fields.append(inputs["dense_features"])
     features = keras.layers.Concatenate(name="all_features")(fields)
-    mmoe = build_mmoe(2 * embedding_dim + num_dense_features, num_experts, num_tasks, **settings)
-    return keras.Model(inputs, mmoe(features), name="mmoe_recommender")
+    return build_mmoe(
+        num_experts=num_experts, num_tasks=num_tasks, features=features, name="mmoe_recommender", **settings
+    )

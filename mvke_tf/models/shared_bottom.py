@@ -1,4 +1,4 @@
-"""Baselines without gates: shared bottom, hard sharing, single task."""
+"""Models without gates: shared bottom, hard sharing, single task."""
 
 from __future__ import annotations
 
@@ -8,9 +8,29 @@ from typing import Any
 import keras
 
 from mvke_tf.config import ModelConfig
+from mvke_tf.errors import ConfigError
 from mvke_tf.layers import Experts, SelectExperts
-from mvke_tf.models.two_tower import USER_VECTOR, Vectors, build_two_tower, tag_vectors, user_networks
+from mvke_tf.models.two_tower import TwoTowerModel, Vectors, build_two_tower, tag_vectors, task_networks
 from mvke_tf.schema import Schema, Task
+
+
+def build_shared_bottom(schema: Schema, config: ModelConfig | None = None) -> TwoTowerModel:
+    """Shared bottom, `{feature: tensor} -> {task: logit (B, 1)}`.
+
+    Raises:
+        ConfigError: If there is no hidden layer to share.
+    """
+    return build_two_tower(schema, config, shared_bottom_towers, "shared_bottom")
+
+
+def build_hard_sharing(schema: Schema, config: ModelConfig | None = None) -> TwoTowerModel:
+    """Hard sharing, `{feature: tensor} -> {task: logit (B, 1)}`."""
+    return build_two_tower(schema, config, hard_sharing_towers, "hard_sharing")
+
+
+def build_single_task(schema: Schema, config: ModelConfig | None = None) -> TwoTowerModel:
+    """A model of one task, with one MLP per side, `{feature: tensor} -> {task: logit (B, 1)}`."""
+    return build_two_tower(schema, config, hard_sharing_towers, "single_task")
 
 
 def shared_bottom_towers(
@@ -28,18 +48,17 @@ def shared_bottom_towers(
         `{task: (B, D)}` for users and for items.
 
     Raises:
-        ValueError: If there is no hidden layer to share.
+        ConfigError: If there is no hidden layer to share.
     """
     if not config.hidden_dims:
-        raise ValueError("shared_bottom shares its hidden layers; `hidden_dims` needs at least one. Received: ()")
+        raise ConfigError("shared_bottom shares its hidden layers; `hidden_dims` needs at least one. Received: ()")
     x = keras.layers.Flatten(name="user_flat")(user_fields)
     for index, units in enumerate(config.hidden_dims):
         x = keras.layers.Dense(units, activation="relu", name=f"shared_bottom_{index}")(x)
         x = keras.layers.Dropout(config.dropout_rate, name=f"shared_bottom_dropout_{index}")(x)
     heads = Experts(len(tasks), (), config.embedding_dim, name="user_heads")(x)
     user_vectors = {
-        task.name: SelectExperts((index,), name=USER_VECTOR.format(task=task.name))(heads)
-        for index, task in enumerate(tasks)
+        task.name: SelectExperts((index,), name=f"user_vector_{task.name}")(heads) for index, task in enumerate(tasks)
     }
     return user_vectors, tag_vectors(item_fields, tasks, config)
 
@@ -51,19 +70,5 @@ def hard_sharing_towers(
 
     Arguments and return value as in `shared_bottom_towers`.
     """
-    return user_networks(user_fields, tasks, config), tag_vectors(item_fields, tasks, config)
-
-
-def build_shared_bottom(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
-    """Shared bottom, `{feature: tensor} -> {task: logit (B, 1)}`."""
-    return build_two_tower(schema, config, shared_bottom_towers, "shared_bottom")
-
-
-def build_hard_sharing(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
-    """Hard sharing, `{feature: tensor} -> {task: logit (B, 1)}`."""
-    return build_two_tower(schema, config, hard_sharing_towers, "hard_sharing")
-
-
-def build_single_task(schema: Schema, config: ModelConfig | None = None) -> keras.Model:
-    """A model of one task, with one MLP per side, `{feature: tensor} -> {task: logit (B, 1)}`."""
-    return build_two_tower(schema, config, hard_sharing_towers, "single_task")
+    user_vectors = task_networks(user_fields, tasks, config, "user_towers", "user_vector_{task}")
+    return user_vectors, tag_vectors(item_fields, tasks, config)

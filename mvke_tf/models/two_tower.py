@@ -1,4 +1,4 @@
-"""What all two-tower models share: field embeddings, the scoring head, and cutting towers out of a model.
+"""What all two-tower models share: field embeddings, scoring heads, and what a model knows of itself.
 
 A model file builds two towers and nothing else. Every logit is the inner product of a vector that depends on the
 user alone and one that depends on the item alone. (With `Task(given=...)`, that is the logit of the task given the
@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import keras
-from keras import ops
+import numpy as np
 
 from mvke_tf.config import ModelConfig, index_range
+from mvke_tf.errors import ConfigError
 from mvke_tf.layers import (
     Experts,
     FieldEmbedding,
+    GatedTag,
     GatherRows,
     JointLogit,
     MixExperts,
@@ -25,86 +28,346 @@ from mvke_tf.layers import (
     ReplaceByUnknown,
     RowDot,
     SelectExperts,
+    StackFields,
+    VirtualKernelAttention,
+    VirtualKernelGate,
+    VirtualKernels,
 )
-from mvke_tf.losses import uncertainty_layer, with_uncertainty
+from mvke_tf.models.multi_task import Mixture, MultiTaskModel, source
 from mvke_tf.schema import ITEM_ROWS, USER_ROWS, WEIGHTS_SUFFIX, Feature, Schema, Task
 
 Vectors = dict[str, Any]
 Towers = Callable[[Any, Any, Sequence[Task], ModelConfig], tuple[Vectors, Vectors]]
 
-USER_VECTOR, ITEM_VECTOR = "user_vector_{task}", "item_vector_{task}"
-# The head of a task that another task's event comes before.
-CONDITIONAL = "{task}_given_{given}"
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class TwoTowerModel(MultiTaskModel):
+    """A model `{feature: tensor} -> {task: output (B, 1)}` of a user tower and an item tower.
+
+    Outputs are logits of binary tasks and values of regression tasks. `build_model` makes such a model, `load_model`
+    loads one, and all models below are parts of it, which share its weights.
+    """
+
+    # === Tasks ===
+
+    @cached_property
+    def _heads(self) -> dict[str, RowDot | JointLogit]:
+        """The layer that puts a task out."""
+        layers = {layer.name: layer for layer in self.layers}
+        found = {task: layers.get(task) for task in self.output}
+        heads = {task: head for task, head in found.items() if isinstance(head, (RowDot, JointLogit))}
+        wrong = [task for task in found if task not in heads]
+        if wrong:
+            raise ValueError(
+                "Every output of a two-tower model must come from a head of its name, as `score` makes them. "
+                f"Received: {wrong} without one in {self.name!r}"
+            )
+        return heads
+
+    @cached_property
+    def _dots(self) -> dict[str, RowDot]:
+        """The layer in which the vectors of a task meet: its head, or the one given the event before it."""
+        joint = {task: head for task, head in self._heads.items() if isinstance(head, JointLogit)}
+        return self._heads | {task: self.get_layer(_conditional(task, head.given)) for task, head in joint.items()}
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """`{task: "binary" or "regression"}`: whether an output is a logit or a value."""
+        return {task: head.kind for task, head in self._heads.items()}
+
+    @property
+    def given(self) -> dict[str, str]:
+        """`{task: task whose event comes before it}`, of the tasks whose output is the joint logit of both."""
+        return {task: head.given for task, head in self._heads.items() if isinstance(head, JointLogit)}
+
+    @property
+    def transforms(self) -> dict[str, str | None]:
+        """`{task: "log1p" or None}`: the scale of the outputs; `predictions` undoes it."""
+        return {task: getattr(head, "transform", None) for task, head in self._heads.items()}
+
+    @property
+    def offsets(self) -> dict[str, float]:
+        """`{regression task: what is added to the inner product}`."""
+        return {task: head.offset for task, head in self._heads.items() if isinstance(head, RegressionHead)}
+
+    @property
+    def schema_tasks(self) -> tuple[Task, ...]:
+        """The tasks as the model has them; `domain`, which only labels have, is left out."""
+        tasks = []
+        for name, head in self._heads.items():
+            settings: dict[str, Any] = {"kind": head.kind}
+            if isinstance(head, RegressionHead):
+                settings |= {"offset": head.offset, "transform": head.transform}
+            if isinstance(head, JointLogit):
+                settings |= {"given": head.given, "objective": head.objective}
+            kernels = self.kernels_of(name)
+            settings |= {"kernels": kernels} if kernels else {"experts": self.experts_of(name) or None}
+            tasks.append(Task(name, **settings))
+        return tuple(tasks)
+
+    # === Parts ===
+
+    def _vectors(self, side: str) -> Vectors:
+        """The symbolic vectors of one side, `{task: (B, W_task)}`."""
+        return {task: dot.input[0 if side == "user" else 1] for task, dot in self._dots.items()}
+
+    @cached_property
+    def user_tower(self) -> keras.Model:
+        """`{user feature: tensor} -> {task: vector (B, W_task)}`."""
+        return self.part(self._vectors("user"), "user_tower")
+
+    @cached_property
+    def item_tower(self) -> keras.Model:
+        """`{item feature: tensor} -> {task: vector (B, W_task)}`."""
+        return self.part(self._vectors("item"), "item_tower")
+
+    @cached_property
+    def conditional(self) -> keras.Model | None:
+        """`{feature: tensor} -> {task: logit given the event before it (B, 1)}`; None without such a task."""
+        logits = {task: self._dots[task].output for task in self.given}
+        return self.part(logits, "conditional") if logits else None
+
+    def _mixtures(self) -> dict[str, Mixture]:
+        users, items, mixtures = self._vectors("user"), self._vectors("item"), {}
+        for task in self._heads:
+            (mix, mixed), (tag, tagged) = source(users[task]), source(items[task])
+            if isinstance(mix, MixExperts):
+                mixtures[task] = Mixture("user", mixed[1] if len(mixed) > 1 else None, mixed[0], mix.experts)
+            elif isinstance(tag, GatedTag) and isinstance(mix, SelectExperts):
+                kernels = isinstance(source(tagged[1])[0], VirtualKernelGate)
+                mixtures[task] = Mixture("item", tagged[1], mixed[0], mix.indices, kernels)
+        return mixtures
+
+    @cached_property
+    def tags(self) -> keras.Model:
+        """`{item feature: tensor} -> {task: (B, D)}`: what each expert output is multiplied with.
+
+        In MVKE these are the vectors that the gate compares with the virtual kernels, otherwise the item vectors.
+        """
+        tags = {}
+        for task, vector in self._vectors("item").items():
+            layer, inputs = source(vector)
+            tags[task] = inputs[0] if isinstance(layer, GatedTag) else vector
+        return self.part(tags, "tags")
+
+    @cached_property
+    def field_attention(self) -> keras.Model | None:
+        """`{user feature: tensor} -> (B, F, K)`, the attention of MVKE, which sums to 1 over the fields F."""
+        layer = self._find(VirtualKernelAttention)
+        return None if layer is None else self.part(layer.output[1], "field_attention")
+
+    @property
+    def user_fields(self) -> tuple[str, ...]:
+        """Names of the user features in the order of the field axis."""
+        return self.get_layer("user_fields").fields
+
+    @property
+    def virtual_kernels(self) -> np.ndarray | None:
+        """The virtual kernels of MVKE, `(K, D)`."""
+        layer = self._find(VirtualKernels)
+        return None if layer is None else keras.ops.convert_to_numpy(layer.kernels)
+
+    def _find(self, kind: type) -> Any:
+        return next((layer for layer in self.layers if isinstance(layer, kind)), None)
+
+    # === Scores ===
+
+    def _through_heads(self, product: Callable[[RowDot, str], Any], conditional: Sequence[str] = ()) -> dict[str, Any]:
+        """Outputs of all tasks, where `product` applies the head of one task to whatever its vectors are.
+
+        The tasks in `conditional` give their logit given the event before, not the joint one.
+        """
+        outputs: dict[str, Any] = {}
+        joint: dict[str, Any] = {}
+        for task, head in self._heads.items():
+            outputs[task] = joint[task] = product(self._dots[task], task)
+            if isinstance(head, JointLogit):
+                joint[task] = head(joint[head.given], outputs[task])
+                if task not in conditional:
+                    outputs[task] = joint[task]
+        return outputs
+
+    def outputs_of_products(self, products: Mapping[str, Any], conditional: bool = False) -> dict[str, Any]:
+        """The outputs for given inner products of user and item vectors, elementwise.
+
+        Args:
+            products: `{task: tensor}` of all tasks, of any one shape, for example `users @ items.T`.
+            conditional: Whether the tasks in `given` give their logit given the event before, not the joint one.
+
+        Returns:
+            `{task: tensor}` of that shape: logits of binary tasks, values of regression tasks.
+        """
+        return self._through_heads(
+            lambda head, task: head.from_product(products[task]), tuple(self.given) if conditional else ()
+        )
+
+    def predictions(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Probabilities of binary tasks and values of regression tasks, in the unit of their labels.
+
+        Args:
+            outputs: `{task: tensor}` of any tasks, as the model or `outputs_of_products` puts them out.
+        """
+        return {task: self._heads[task].prediction(output) for task, output in outputs.items()}
+
+    def for_tasks(self, tasks: Sequence[str]) -> TwoTowerModel:
+        """The part of this model that some tasks need, tasks of earlier events included.
+
+        Raises:
+            ConfigError: If the model has no such task, or none is named.
+        """
+        unknown = [task for task in tasks if task not in self.task_names]
+        if unknown or not tasks:
+            raise ConfigError(
+                f"Expected tasks of the model {self.name!r}, which are {list(self.task_names)}. Received: {list(tasks)}"
+            )
+        needed = set(tasks)
+        for task in reversed(self.task_names):
+            if task in needed and task in self.given:
+                needed.add(self.given[task])
+        outputs = {task: self._heads[task].output for task in self.task_names if task in needed}
+        return TwoTowerModel(self.part(outputs).input, outputs, name=self.name)
+
+    # === Training ===
+
+    def training_model(self, deduplicate: bool = True, conditional: bool | None = None) -> MultiTaskModel:
+        """A model to compile and train, which shares its weights with this one, to be saved uncompiled.
+
+        With `deduplicate` it takes the features of U distinct users and I distinct items, and two more inputs,
+        `user_rows` and `item_rows` `(B,)`, that say which of them each pair of the batch consists of. Outputs equal
+        those of this model on the B pairs; a tower runs once per distinct row.
+
+        Args:
+            deduplicate: Whether it takes batches of distinct users and items.
+            conditional: Whether the tasks in `given` put out their logit given the event before, to learn from the rows
+                with that event only. By default those do whose objective is `"conditional"`.
+        """
+        if conditional is None:
+            chosen = tuple(task.name for task in self.schema_tasks if task.objective == "conditional")
+        else:
+            chosen = tuple(self.given) if conditional else ()
+        if deduplicate:
+            rows = {name: keras.Input((), dtype="int32", name=name) for name in (USER_ROWS, ITEM_ROWS)}
+            users = _gathered(self.user_tower.output, rows[USER_ROWS], "user")
+            items = _gathered(self.item_tower.output, rows[ITEM_ROWS], "item")
+            outputs = self._through_heads(lambda head, task: head(users[task], items[task]), chosen)
+            inputs = {**self.user_tower.input, **self.item_tower.input, **rows}
+        else:
+            outputs = {
+                task: self._dots[task].output if task in chosen else head.output for task, head in self._heads.items()
+            }
+            inputs = self.input
+        if self.log_variances is not None:
+            outputs = self.log_variances(outputs)
+        return MultiTaskModel(inputs, outputs, name=f"{self.name}_training")
+
+
+def _gathered(vectors: Vectors, rows: Any, side: str) -> Vectors:
+    return {task: GatherRows(name=f"{side}_rows_{task}")(vector, rows) for task, vector in vectors.items()}
+
+
+def _conditional(task: str, given: str) -> str:
+    """Name of the head of a task given the event of another."""
+    return f"{task}_given_{given}"
+
+
+# === Building blocks ===
+
+
+def build_two_tower(
+    schema: Schema, config: ModelConfig | None, towers: Towers, name: str = "two_tower"
+) -> TwoTowerModel:
+    """A model from a function that builds its two towers.
+
+    Args:
+        schema: Features and tasks.
+        config: Shape of the model; the default shape if None.
+        towers: From user fields `(B, F, D)`, item fields `(B, F', D)`, tasks and config to the vectors of users and
+            those of items, `{task: (B, W_task)}` each.
+        name: Name of the model.
+
+    Raises:
+        ValueError: If a tower reads features of the other side.
+    """
+    config = dataclasses.replace(config or ModelConfig(), name=name)
+    tasks = with_ranges(schema.tasks, config)
+    inputs = feature_inputs(schema.features)
+    fields = embed_fields(schema, config, inputs)
+    user_vectors, item_vectors = towers(fields["user"], fields["item"], tasks, config)
+    model = TwoTowerModel(inputs, score(user_vectors, item_vectors, tasks), name=name)
+    both = sorted(set(model.user_tower.input) & set(model.item_tower.input))
+    if both:
+        raise ValueError(f"The towers of {name!r} must read different features. Received: both read {both}")
+    return model
 
 
 def feature_inputs(features: Sequence[Feature]) -> dict[str, Any]:
-    """Symbolic inputs: int32 `(B,)` or `(B, L)` indices, float32 `(B, L)` weights."""
+    """Symbolic inputs: int32 `(B,)` or `(B, L)` indices, float32 `(B, L)` weights, float32 `(B, W)` dense vectors."""
     inputs = {}
     for feature in features:
+        if feature.is_dense:
+            inputs[feature.name] = keras.Input((feature.width,), dtype="float32", name=feature.name)
+            continue
         shape = () if feature.length == 1 else (feature.length,)
         inputs[feature.name] = keras.Input(shape, dtype="int32", name=feature.name)
         if feature.length > 1:
-            inputs[feature.name + WEIGHTS_SUFFIX] = keras.Input(
-                shape, dtype="float32", name=feature.name + WEIGHTS_SUFFIX
-            )
+            weights = feature.name + WEIGHTS_SUFFIX
+            inputs[weights] = keras.Input(shape, dtype="float32", name=weights)
     return inputs
 
 
 def embed_fields(schema: Schema, config: ModelConfig, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Field embeddings of both towers, `{tower: (B, F, D)}`; features that share a table call one layer."""
-    tables = {
-        feature.name: FieldEmbedding(
-            feature.vocabulary_size,
-            config.embedding_dim,
-            embeddings_initializer=keras.initializers.RandomNormal(stddev=config.embedding_stddev),
-            name=f"embedding_{feature.name}",
-        )
-        for feature in schema.features
-        if feature.embedding is None
-    }
+    """Field embeddings of both towers, `{tower: (B, F, D)}`.
+
+    A field of indices is looked up in an embedding table, which features may share; a dense one goes through a linear
+    layer of its own.
+    """
+
+    def normal() -> keras.initializers.Initializer:
+        return keras.initializers.RandomNormal(stddev=config.embedding_stddev)
+
+    embed: dict[str, keras.Layer] = {}
+    for feature in schema.features:
+        name = f"embedding_{feature.name}"
+        if feature.is_dense:
+            # A bias like an embedding: without one, a value of 0 would be a zero vector, which has no direction.
+            embed[feature.name] = keras.layers.Dense(
+                config.embedding_dim, kernel_initializer=normal(), bias_initializer=normal(), name=name
+            )
+        elif feature.embedding is None:
+            embed[feature.name] = FieldEmbedding(
+                feature.vocabulary_size, config.embedding_dim, embeddings_initializer=normal(), name=name
+            )
     inputs = dict(inputs)
     groups: dict[str, list[Feature]] = {}
     for feature in schema.features:
         if feature.unknown_rate:
             groups.setdefault(feature.unknown_group or feature.name, []).append(feature)
-    for group, features in groups.items():
-        replace = ReplaceByUnknown(features[0].unknown_rate, name=f"unknown_{group}")
-        inputs |= dict(zip([f.name for f in features], replace([inputs[f.name] for f in features]), strict=True))
+    for group, members in groups.items():
+        replace = ReplaceByUnknown(members[0].unknown_rate, name=f"unknown_{group}")
+        inputs |= dict(zip([f.name for f in members], replace([inputs[f.name] for f in members]), strict=True))
     fields = {}
     for tower in ("user", "item"):
-        embedded = [
-            tables[feature.table](*(inputs[name] for name in feature.inputs)) for feature in schema.of_tower(tower)
-        ]
-        merged = keras.layers.Concatenate(name=f"{tower}_concat")(embedded) if len(embedded) > 1 else embedded[0]
-        fields[tower] = keras.layers.Reshape((len(embedded), config.embedding_dim), name=f"{tower}_fields")(merged)
+        features = schema.of_tower(tower)
+        embedded = [embed[feature.table](*(inputs[name] for name in feature.inputs)) for feature in features]
+        fields[tower] = StackFields([feature.name for feature in features], name=f"{tower}_fields")(embedded)
         if config.embedding_dropout_rate:
-            fields[tower] = keras.layers.Dropout(config.embedding_dropout_rate, name=f"{tower}_fields_dropout")(
-                fields[tower]
-            )
+            dropout = keras.layers.Dropout(config.embedding_dropout_rate, name=f"{tower}_fields_dropout")
+            fields[tower] = dropout(fields[tower])
     return fields
 
 
-def tag_vectors(item_fields: Any, tasks: Sequence[Task], config: ModelConfig, name: str = ITEM_VECTOR) -> Vectors:
-    """The published tag tower: one MLP per task on the flattened item fields.
+def tag_vectors(
+    item_fields: Any, tasks: Sequence[Task], config: ModelConfig, name: str = "item_vector_{task}"
+) -> Vectors:
+    """The published tag tower: one MLP per task on the flattened item fields `(B, F, D)`, `{task: (B, D)}`.
 
-    Args:
-        item_fields: `(B, F, D)`.
-        tasks: The tasks.
-        config: Shape of the model.
-        name: Pattern of the names of the layers that put the vectors out.
-
-    Returns:
-        `{task: (B, D)}`.
+    `name` is the pattern of the names of the layers that put the vectors out.
     """
-    return _per_task_networks(item_fields, tasks, config, "tag_towers", name)
+    return task_networks(item_fields, tasks, config, "tag_towers", name)
 
 
-def user_networks(user_fields: Any, tasks: Sequence[Task], config: ModelConfig) -> Vectors:
-    """One MLP per task on the flattened user fields `(B, F, D)`: user vectors `{task: (B, D)}`."""
-    return _per_task_networks(user_fields, tasks, config, "user_towers", USER_VECTOR)
-
-
-def _per_task_networks(fields: Any, tasks: Sequence[Task], config: ModelConfig, networks: str, vector: str) -> Vectors:
+def task_networks(fields: Any, tasks: Sequence[Task], config: ModelConfig, networks: str, vector: str) -> Vectors:
+    """One MLP per task on the flattened fields `(B, F, D)`, as one layer of the name `networks`: `{task: (B, D)}`."""
     flat = keras.layers.Flatten(name=f"{networks}_input")(fields)
     outputs = Experts(
         len(tasks), config.hidden_dims, config.embedding_dim, dropout_rate=config.dropout_rate, name=networks
@@ -117,241 +380,33 @@ def _per_task_networks(fields: Any, tasks: Sequence[Task], config: ModelConfig, 
 
 def score(user_vectors: Vectors, item_vectors: Vectors, tasks: Sequence[Task]) -> dict[str, Any]:
     """The scoring heads: logits, or values of regression tasks, `{task: (B, 1)}`, float32 under every dtype policy."""
-    layers: dict[str, keras.Layer] = {}
-    for task in tasks:
-        if task.kind == "regression":
-            layers[task.name] = RegressionHead(task.offset, name=task.name, dtype="float32")
-        elif task.given is None:
-            layers[task.name] = RowDot(name=task.name, dtype="float32")
-        else:
-            conditional = CONDITIONAL.format(task=task.name, given=task.given)
-            layers[conditional] = RowDot(name=conditional, dtype="float32")
-            layers[task.name] = JointLogit(task.given, name=task.name, dtype="float32")
-    return _through_heads(layers, [task.name for task in tasks], lambda head, t: head(user_vectors[t], item_vectors[t]))
-
-
-def _through_heads(
-    layers: Mapping[str, keras.Layer],
-    tasks: Sequence[str],
-    product: Callable[[RowDot, str], Any],
-    conditional: bool = False,
-) -> dict[str, Any]:
-    """Outputs of all tasks, where `product` applies the head of one task to whatever its vectors are.
-
-    With `conditional`, tasks that another event comes before give their logit given that event, not the joint one.
-    """
     outputs: dict[str, Any] = {}
     for task in tasks:
-        head = layers[task]
-        if isinstance(head, JointLogit):
-            outputs[task] = product(layers[CONDITIONAL.format(task=task, given=head.given)], task)
-            if not conditional:
-                outputs[task] = head(outputs[head.given], outputs[task])
+        vectors, earlier = (user_vectors[task.name], item_vectors[task.name]), task.factorised_by
+        if task.kind == "regression":
+            outputs[task.name] = RegressionHead(task.offset, task.transform, name=task.name, dtype="float32")(*vectors)
+        elif earlier is None:
+            outputs[task.name] = RowDot(name=task.name, dtype="float32")(*vectors)
         else:
-            outputs[task] = product(head, task)
+            conditional = RowDot(name=_conditional(task.name, earlier), dtype="float32")(*vectors)
+            joint = JointLogit(earlier, task.objective, name=task.name, dtype="float32")
+            outputs[task.name] = joint(outputs[earlier], conditional)
     return outputs
 
 
-def build_two_tower(schema: Schema, config: ModelConfig | None, towers: Towers, name: str = "two_tower") -> keras.Model:
-    """A functional model `{feature: tensor} -> {task: logit (B, 1)}` from a function that builds its two towers.
-
-    Args:
-        schema: Features and tasks.
-        config: Shape of the model; the default shape if None.
-        towers: From user fields `(B, F, D)`, item fields `(B, F', D)`, tasks and config to two dictionaries of
-            vectors `{task: (B, W_task)}`, the outputs of layers named `user_vector_<task>` and `item_vector_<task>`.
-        name: Name of the model.
-    """
-    config = dataclasses.replace(config or ModelConfig(), name=name)
-    inputs = feature_inputs(schema.features)
-    fields = embed_fields(schema, config, inputs)
-    tasks = with_ranges(schema.tasks, config)
-    user_vectors, item_vectors = towers(fields["user"], fields["item"], tasks, config)
-    return keras.Model(inputs, score(user_vectors, item_vectors, tasks), name=name)
-
-
 def with_ranges(tasks: Sequence[Task], config: ModelConfig) -> tuple[Task, ...]:
-    """The tasks with the kernels and experts that the settings state for them; those of others stay as they are."""
-    kernels = dict(zip(config.tasks, map(index_range, config.task_kernels), strict=False))
-    experts = dict(zip(config.tasks, map(index_range, config.task_experts), strict=False))
+    """The tasks with the kernels and experts that the settings state for them; those of others stay as they are.
+
+    Raises:
+        ConfigError: If the settings state them for another number of tasks.
+    """
+    names = config.tasks or tuple(task.name for task in tasks)
+    config.check_tasks(names)
+    kernels = dict(zip(names, map(index_range, config.task_kernels), strict=False))
+    experts = dict(zip(names, map(index_range, config.task_experts), strict=False))
     return tuple(
         dataclasses.replace(
             task, kernels=kernels.get(task.name, task.kernels), experts=experts.get(task.name, task.experts)
         )
         for task in tasks
     )
-
-
-def task_names(model: keras.Model) -> list[str]:
-    """Names of the tasks of a two-tower model, in order.
-
-    Raises:
-        ValueError: If the model is not a two-tower model of this package.
-    """
-    names = list(model.output) if isinstance(model.output, dict) else []
-    layers = {layer.name for layer in model.layers}
-    if not names or any(USER_VECTOR.format(task=name) not in layers for name in names):
-        raise ValueError(
-            f"Expected a two-tower model of mvke_tf with outputs {{task: logit}} and layers `user_vector_<task>`. "
-            f"Received: {model.name!r} with layers {sorted(layers)}"
-        )
-    return names
-
-
-def task_kinds(model: keras.Model) -> dict[str, str]:
-    """`{task: "binary" or "regression"}` of a two-tower model: whether an output is a logit or a value."""
-    return {
-        task: "regression" if isinstance(model.get_layer(task), RegressionHead) else "binary"
-        for task in task_names(model)
-    }
-
-
-def conditional_tasks(model: keras.Model) -> dict[str, str]:
-    """`{task: task whose event comes before it}` of the tasks built with `Task(given=...)`."""
-    heads = {task: model.get_layer(task) for task in task_names(model)}
-    return {task: head.given for task, head in heads.items() if isinstance(head, JointLogit)}
-
-
-def conditional_model(model: keras.Model) -> keras.Model:
-    """The logits given the event before, `{feature: tensor} -> {task: (B, 1)}`, of the tasks of `conditional_tasks`.
-
-    Raises:
-        ValueError: If there is no such task.
-    """
-    given = conditional_tasks(model)
-    if not given:
-        raise ValueError(f"No task of {model.name!r} was built with `Task(given=...)`. Tasks: {task_names(model)}")
-    outputs = {task: model.get_layer(CONDITIONAL.format(task=task, given=of)).output for task, of in given.items()}
-    return cut(model, outputs, name="conditional")
-
-
-def outputs_of_products(model: keras.Model, products: Mapping[str, Any]) -> dict[str, Any]:
-    """The outputs of a two-tower model for given inner products of its user and item vectors, elementwise.
-
-    Args:
-        model: A built or loaded two-tower model.
-        products: `{task: tensor}` of all tasks, of any one shape, for example `users @ items.T`.
-
-    Returns:
-        `{task: tensor}` of that shape: logits of binary tasks (joint ones of the tasks of `conditional_tasks`), values
-        of regression tasks.
-    """
-    layers = {layer.name: layer for layer in model.layers}
-    return _through_heads(layers, task_names(model), lambda head, task: head.from_product(products[task]))
-
-
-def predictions(model: keras.Model, outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Probabilities of binary tasks and values of regression tasks from the outputs of a two-tower model."""
-    kinds = task_kinds(model)
-    return {task: ops.sigmoid(output) if kinds[task] == "binary" else output for task, output in outputs.items()}
-
-
-def cut(model: keras.Model, outputs: Any, name: str) -> keras.Model:
-    """The part of a functional model that computes `outputs`, sharing its weights, on the inputs that it needs."""
-    inputs = {key: tensor for key, tensor in model.input.items() if _reaches(tensor, outputs)}
-    return keras.Model(inputs, outputs, name=name)
-
-
-def _reaches(source: Any, outputs: Any) -> bool:
-    """Whether `outputs` depend on the symbolic tensor `source`."""
-    seen, stack = set(), list(keras.tree.flatten(outputs))
-    while stack:
-        tensor = stack.pop()
-        if tensor is source:
-            return True
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        operation, node, _ = tensor._keras_history
-        stack.extend(operation._inbound_nodes[node].input_tensors)
-    return False
-
-
-def tower(model: keras.Model, side: str) -> keras.Model:
-    """One tower of a two-tower model, `{feature: tensor} -> {task: vector (B, W_task)}`, sharing its weights.
-
-    Args:
-        model: A built or loaded two-tower model.
-        side: `"user"` or `"item"`.
-
-    Raises:
-        ValueError: If `side` or the model is something else.
-    """
-    if side not in ("user", "item"):
-        raise ValueError(f"`side` must be 'user' or 'item'. Received: {side!r}")
-    vector = USER_VECTOR if side == "user" else ITEM_VECTOR
-    outputs = {task: model.get_layer(vector.format(task=task)).output for task in task_names(model)}
-    return cut(model, outputs, name=f"{side}_tower")
-
-
-def gated_tasks(model: keras.Model) -> list[str]:
-    """Names of the tasks of a two-tower model that have a gate, in order."""
-    layers = {layer.name for layer in model.layers}
-    return [task for task in task_names(model) if f"gate_{task}" in layers]
-
-
-def mixed_experts(layer: keras.layers.Layer | None, number: int) -> tuple[int, ...]:
-    """Indices of the experts that a layer mixes or selects by so many gate weights; 0, 1, ... if it does not say."""
-    if isinstance(layer, MixExperts):
-        return layer.experts
-    return layer.indices if isinstance(layer, SelectExperts) else tuple(range(number))
-
-
-def gate_model(model: keras.Model) -> keras.Model:
-    """The gates of a built or loaded model, sharing its weights.
-
-    Returns:
-        `{feature: tensor} -> {task: gate weights (B, n_task)}`, which sum to 1 over the experts that the task sees.
-        MVKE's gates read item features only, the others' user features only. A task with a single expert has no gate.
-
-    Raises:
-        ValueError: If the model has no gate at all.
-    """
-    outputs = {task: model.get_layer(f"gate_{task}").output for task in gated_tasks(model)}
-    if not outputs:
-        raise ValueError(f"The model {model.name!r} has no gates. Models of mixtures of experts have.")
-    return cut(model, outputs, name="gates")
-
-
-def training_model(model: keras.Model, distinct: bool = False, conditional: bool = False) -> keras.Model:
-    """A model to compile and train, which shares its weights with a model to checkpoint.
-
-    Args:
-        model: A built or loaded two-tower model, with or without `mvke_tf.losses.with_uncertainty`.
-        distinct: Whether it takes batches of distinct users and items, as `distinct_model` does.
-        conditional: Whether tasks built with `Task(given=...)` give their logit given the event before: to learn from
-            the rows with that event only.
-    """
-    if distinct:
-        trained = distinct_model(model, conditional)
-    else:
-        outputs = {task: model.get_layer(task).output for task in task_names(model)}
-        if conditional and conditional_tasks(model):
-            outputs |= conditional_model(model).output
-        trained = keras.Model(model.input, outputs, name=f"{model.name}_training")
-    uncertainty = uncertainty_layer(model)
-    return trained if uncertainty is None else with_uncertainty(trained, uncertainty)
-
-
-def distinct_model(model: keras.Model, conditional: bool = False) -> keras.Model:
-    """The same model for batches of distinct users and items, sharing its weights.
-
-    It takes the features of U distinct users and I distinct items, and two more inputs, `user_rows` and `item_rows`
-    `(B,)`, that say which of them each pair of the batch consists of. Outputs equal those of the plain model on the
-    B pairs; a tower runs once per distinct row. `conditional` is that of `training_model`.
-    """
-    user, item = tower(model, "user"), tower(model, "item")
-    rows = {name: keras.Input((), dtype="int32", name=name) for name in (USER_ROWS, ITEM_ROWS)}
-    vectors = {}
-    for side, part, name in (("user", user, USER_ROWS), ("item", item, ITEM_ROWS)):
-        vectors[side] = {
-            task: GatherRows(name=f"{side}_rows_{task}")(vector, rows[name]) for task, vector in part.output.items()
-        }
-    layers = {layer.name: layer for layer in model.layers}
-    outputs = _through_heads(
-        layers,
-        task_names(model),
-        lambda head, task: head(vectors["user"][task], vectors["item"][task]),
-        conditional,
-    )
-    return keras.Model({**user.input, **item.input, **rows}, outputs, name=f"{model.name}_distinct")

@@ -68,20 +68,23 @@ def checked_inputs(signature: Mapping[str, Any], inputs: Mapping[str, Any]) -> d
     Raises:
         ValueError: If one is missing, unknown, or of a wrong type, range or number of axes. The message names it.
     """
-    ports = signature["inputs"]
-    missing = sorted(set(ports) - set(inputs))
-    unknown = {name: difflib.get_close_matches(name, missing or ports, 1) for name in sorted(set(inputs) - set(ports))}
+    fields = signature["inputs"]
+    missing = sorted(set(fields) - set(inputs))
+    unknown = {
+        name: difflib.get_close_matches(name, missing or fields, 1) for name in sorted(set(inputs) - set(fields))
+    }
     problems = [f"{name!r} is missing" for name in missing]
     for name, similar in unknown.items():
         problems.append(f"{name!r} is no input of it" + (f"; did you mean {similar[0]!r}?" if similar else ""))
     if problems:
-        raise ValueError(f"{'; '.join(problems)}. Expected: {sorted(ports)}. Received: {sorted(inputs)}")
-    return {name: _array(name, inputs[name], port) for name, port in ports.items()}
+        raise ValueError(f"{'; '.join(problems)}. Expected: {sorted(fields)}. Received: {sorted(inputs)}")
+    return {name: _array(name, inputs[name], field) for name, field in fields.items()}
 
 
-def _array(name: str, values: Any, port: Mapping[str, Any]) -> np.ndarray:
-    dtype, rank = port["dtype"], len(port["shape"])
-    expected = f"{name!r} must be {dtype} with {rank} axes ({port['description']})"
+def _array(name: str, values: Any, field: Mapping[str, Any]) -> np.ndarray:
+    dtype, shape = field["dtype"], field["shape"]
+    axes = f"{len(shape)} axes" + "".join(f", {size} values in the last" for size in shape[-1:] if size != -1)
+    expected = f"{name!r} must be {dtype} with {axes} ({field['description']})"
     try:
         array = np.asarray(values)
     except ValueError as error:
@@ -89,7 +92,7 @@ def _array(name: str, values: Any, port: Mapping[str, Any]) -> np.ndarray:
     # TensorFlow's own strings, and those of pandas, are objects.
     strings = array.dtype == object and all(isinstance(value, (str, bytes)) for value in array.flat)
     kind = "S" if strings else array.dtype.kind
-    if array.ndim != rank:
+    if array.ndim != len(shape) or any(size not in (-1, n) for size, n in zip(shape, array.shape, strict=True)):
         raise ValueError(f"{expected}. Received: {array.ndim} axes, shape {array.shape}")
     # An empty list has no type of its own.
     if array.size and kind not in _KINDS[dtype]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mvke_tf.analysis import Study
-from mvke_tf.data.dataset import PairData
+from mvke_tf.data.batches import Interactions
 from mvke_tf.models import build_model
 from mvke_tf.run import Run
 from tests.models.problems import CONFIG, ITEMS, ROWS, SCHEMA, USERS, labels, randomize
@@ -12,21 +12,27 @@ from tests.models.problems import CONFIG, ITEMS, ROWS, SCHEMA, USERS, labels, ra
 
 @pytest.fixture(scope="session")
 def small_run(tiny_run_template):
-    """The finished small run, for reading only."""
+    """A run with a small model, for reading only."""
     return Run(tiny_run_template)
 
 
 @pytest.fixture(scope="session")
 def run_study(small_run):
     """The small run's model on its test part."""
-    return Study(small_run.load_model(), small_run.prepared.part("test"))
+    return Study(small_run.load_model(), small_run.prepared.part("test"), small_run.prepared.catalogue)
 
 
 @pytest.fixture(scope="session")
 def pairs():
     """Seven pairs of four users and three items."""
     flat = {task: label[:, 0] for task, label in labels().items()}
-    return PairData(USERS, ITEMS, ROWS["user_rows"], ROWS["item_rows"], flat)
+    return Interactions(USERS, ITEMS, ROWS["user_rows"], ROWS["item_rows"], flat)
+
+
+@pytest.fixture(scope="session")
+def many(pairs):
+    """The same pairs a hundred times: enough of them to say something about."""
+    return pairs.take(np.tile(np.arange(len(pairs)), 100))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from mvke_tf.layers import FieldEmbedding, ReplaceByUnknown
+from mvke_tf.layers import FieldEmbedding, ReplaceByUnknown, StackFields
 from tests.layer_checks import BATCH, assert_close, check_layer, loss_and_gradients
 
 D, LENGTH = 4, 3
@@ -100,6 +100,47 @@ def test_replacement_survives_saving(tmp_path):
     model.save(tmp_path / "model.keras")
     layer = keras.saving.load_model(tmp_path / "model.keras").get_layer("unknown")
     assert (layer.rate, layer.seed) == (0.4, 3)
+
+
+def test_dense_inputs_become_unknown_with_the_indices_of_their_row():
+    dense = np.random.default_rng(0).normal(size=(5000, 3)).astype("float32")
+    for inputs in ([IDS, dense], [dense, IDS]):
+        outputs = ReplaceByUnknown(0.3, seed=0)(inputs, training=True)
+        ids, values = sorted((ops.convert_to_numpy(output) for output in outputs), key=lambda array: array.ndim)
+        unknown = ids == 0
+        assert unknown.mean() == pytest.approx(0.3, abs=0.03)
+        np.testing.assert_array_equal(values[unknown], np.tile([1.0, 0.0, 0.0], (unknown.sum(), 1)))
+        np.testing.assert_array_equal(values[~unknown], dense[~unknown])
+    for output, expected in zip(ReplaceByUnknown(1.0)([IDS, dense]), (IDS, dense), strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(output), expected)
+
+
+def test_replacement_of_dense_inputs_survives_saving(tmp_path):
+    inputs = [keras.Input((), dtype="int32"), keras.Input((3,))]
+    model = keras.Model(inputs, ReplaceByUnknown(1.0, name="unknown")(inputs))
+    assert [(output.shape, output.dtype) for output in model.outputs] == [((None,), "int32"), ((None, 3), "float32")]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    ids, values = loaded([IDS[:2], np.ones((2, 3), "float32")], training=True)
+    assert ops.convert_to_numpy(ids).tolist() == [0, 0]
+    assert ops.convert_to_numpy(values).tolist() == [[1, 0, 0], [1, 0, 0]]
+
+
+def test_stacked_fields_by_hand_and_after_saving(tmp_path):
+    fields = [np.full((2, 3), value, "float32") for value in (1, 5)]
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    model = keras.Model(inputs, StackFields(("age", "city"), name="fields")(inputs))
+    assert model.output.shape == (None, 2, 3)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.get_layer("fields").fields == ("age", "city")
+    assert ops.convert_to_numpy(loaded(fields)).tolist() == [[[1] * 3, [5] * 3]] * 2
+
+
+@pytest.mark.parametrize("widths", [(3, 4), (3,)])
+def test_fields_of_another_number_or_width_are_refused(widths):
+    with pytest.raises(ValueError, match=r"one width D for each of the fields \('age', 'city'\). Received: \[\(2, 3\)"):
+        StackFields(("age", "city"))([np.ones((2, width), "float32") for width in widths])
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1])

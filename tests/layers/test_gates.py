@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from mvke_tf.layers import ExpertGate, GateSoftmax, MixExperts, VirtualKernelGate
+from mvke_tf.errors import ConfigError
+from mvke_tf.layers import ExpertGate, GatedTag, GateSoftmax, MixExperts, SelectExperts, VirtualKernelGate
 from tests.layer_checks import BATCH, assert_close, check_layer, compiled, loss_and_gradients
 
 K, D = 5, 4
@@ -27,6 +28,24 @@ def test_weights_sum_to_one():
 
 def test_a_single_kernel_is_the_identity():
     np.testing.assert_array_equal(ops.convert_to_numpy(VirtualKernelGate((3,))(TAG, KERNELS)), np.ones((BATCH, 1)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
+def test_a_single_expert_has_all_weight_without_a_warning(dtype):
+    gate = GateSoftmax(load_balancing_weight=1.0, dtype=dtype)
+    weights = gate(np.array([[3.0], [-2.0]], "float32"), training=True)
+    assert weights.dtype.name == ("float32" if dtype == "float32" else "float16")
+    assert ops.convert_to_numpy(weights).tolist() == [[1.0], [1.0]]
+    assert [float(loss) for loss in gate.losses] == [0.0]
+    # A gradient of zero, and not none, of which an optimizer would warn.
+    expert_gate = ExpertGate(experts=[0], seed=0)
+    inputs = {"x": np.ones((2, 3), "float32")}
+    expert_gate(inputs["x"])
+    _, _, _, gradients = loss_and_gradients(
+        lambda arrays: (ops.sum(expert_gate(arrays["x"])), None), inputs, expert_gate.trainable_variables
+    )
+    assert [gradient.tolist() for gradient in gradients] == [[[0.0]] * 3, [0.0]]
 
 
 def test_kernels_that_are_permuted_with_their_indices_change_nothing():
@@ -96,6 +115,18 @@ def test_mix_experts_rejects_another_number_of_weights():
         MixExperts((0, 1))(OUTPUTS)
 
 
+def test_gated_tag_layer(tmp_path):
+    gate = np.random.default_rng(3).uniform(size=(BATCH, 2)).astype("float32")
+    check_layer(GatedTag(), [TAG, gate], {}, tmp_path)
+
+
+def test_gated_tag_and_selected_experts_give_the_published_logit():
+    tag, gate = OUTPUTS[:, 0], np.random.default_rng(3).uniform(size=(BATCH, 2)).astype("float32")
+    item, user = GatedTag()(tag, gate), SelectExperts((4, 1))(OUTPUTS)
+    mixed = gate[:, :1] * OUTPUTS[:, 4] + gate[:, 1:] * OUTPUTS[:, 1]
+    assert_close(ops.sum(user * item, axis=1), np.sum(mixed * tag, axis=1))
+
+
 SCORES = np.array(
     [[0.0, 2.0, 1.0, -1.0], [3.0, 3.0, 3.0, 3.0], [1.0, 0.0, 1.0, 1.0], [-5.0, -6.0, -7.0, -4.0]], "float32"
 )
@@ -106,19 +137,23 @@ KEPT = np.array([[0, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]], bool)
 @pytest.mark.parametrize("top_k", [None, 0, 2, 4])
 def test_gate_softmax_layer(top_k, tmp_path):
     scores = np.random.default_rng(4).normal(size=(BATCH, 4)).astype("float32")
-    check_layer(GateSoftmax(top_k, balance=0.5), [scores], {}, tmp_path)
+    check_layer(GateSoftmax(top_k, load_balancing_weight=0.5), [scores], {}, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("layer", "inputs", "weights"),
     [
-        (ExpertGate((0, 2, 3), 1.0, 0, top_k=2, balance=0.1), [TAG], {"dense/kernel": (D, 3), "dense/bias": (3,)}),
-        (VirtualKernelGate((0, 2, 3), top_k=2, balance=0.1), [TAG, KERNELS], {}),
+        (
+            ExpertGate((0, 2, 3), 1.0, 0, top_k=2, load_balancing_weight=0.1),
+            [TAG],
+            {"dense/kernel": (D, 3), "dense/bias": (3,)},
+        ),
+        (VirtualKernelGate((0, 2, 3), top_k=2, load_balancing_weight=0.1), [TAG, KERNELS], {}),
     ],
 )
 def test_sparse_gates_are_layers(layer, inputs, weights, tmp_path):
     check_layer(layer, inputs, weights, tmp_path)
-    assert layer.get_config()["top_k"] == 2 and layer.get_config()["balance"] == 0.1
+    assert layer.get_config()["top_k"] == 2 and layer.get_config()["load_balancing_weight"] == 0.1
     gate = ops.convert_to_numpy(layer(*inputs))
     assert ((gate > 0).sum(axis=1) == 2).all()
     assert_close(gate.sum(axis=1), np.ones(BATCH))
@@ -152,35 +187,37 @@ def test_outside_the_top_k_scores_and_experts_get_no_gradient():
         assert np.abs(gradient[KEPT]).min() > 1e-4
 
 
-def balance_losses(layer, *inputs, training=True):
+def load_balancing_losses(layer, *inputs, training=True):
     """What the layer adds to the loss, in NumPy."""
     return [float(loss) for loss in compiled(lambda: (layer(*inputs, training=training), layer.losses)[1])()]
 
 
-def test_balance_by_hand():
+def test_load_balancing_by_hand():
     scores = np.log([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]).astype("float32")
     importance = np.array([0.6, 0.35, 1.05])
     expected = 0.3 * importance.var() / importance.mean() ** 2
-    assert balance_losses(GateSoftmax(balance=0.3), scores) == pytest.approx([expected], rel=1e-5)
+    assert load_balancing_losses(GateSoftmax(load_balancing_weight=0.3), scores) == pytest.approx([expected], rel=1e-5)
     # One expert alone: E - 1. All alike: 0.
     alone = np.array([[0.0, 50.0, 0.0]] * 2, "float32")
-    assert balance_losses(GateSoftmax(balance=1.0), alone) == pytest.approx([2.0], rel=1e-5)
-    assert balance_losses(GateSoftmax(balance=1.0), np.zeros((2, 3), "float32")) == pytest.approx([0.0], abs=1e-12)
+    assert load_balancing_losses(GateSoftmax(load_balancing_weight=1.0), alone) == pytest.approx([2.0], rel=1e-5)
+    assert load_balancing_losses(GateSoftmax(load_balancing_weight=1.0), np.zeros((2, 3), "float32")) == pytest.approx(
+        [0.0], abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_balance_reads_the_scores_that_top_k_cuts_off(top_k):
+def test_load_balancing_reads_the_scores_that_top_k_cuts_off(top_k):
     """Or an expert that no row chooses would never be chosen again."""
     for scores in (SCORES, np.array([[3.0, 2.0, -2.0, -3.0]] * 2, "float32")):
-        (loss,) = balance_losses(GateSoftmax(top_k, balance=1.0), scores)
-        assert [loss] == balance_losses(GateSoftmax(balance=1.0), scores) and loss > 0.01
+        (loss,) = load_balancing_losses(GateSoftmax(top_k, load_balancing_weight=1.0), scores)
+        assert [loss] == load_balancing_losses(GateSoftmax(load_balancing_weight=1.0), scores) and loss > 0.01
 
 
-def test_balance_only_while_training_and_only_with_a_coefficient():
-    assert balance_losses(GateSoftmax(balance=0.3), SCORES, training=False) == []
-    assert balance_losses(GateSoftmax(), SCORES) == []
-    assert balance_losses(ExpertGate(range(4)), SCORES) == []
-    assert len(balance_losses(ExpertGate(range(4), balance=0.1), SCORES)) == 1
+def test_load_balancing_only_while_training_and_only_with_a_coefficient():
+    assert load_balancing_losses(GateSoftmax(load_balancing_weight=0.3), SCORES, training=False) == []
+    assert load_balancing_losses(GateSoftmax(), SCORES) == []
+    assert load_balancing_losses(ExpertGate(range(4)), SCORES) == []
+    assert len(load_balancing_losses(ExpertGate(range(4), load_balancing_weight=0.1), SCORES)) == 1
 
 
 @pytest.mark.parametrize(
@@ -188,7 +225,7 @@ def test_balance_only_while_training_and_only_with_a_coefficient():
     [
         (lambda: GateSoftmax(-1), r"`top_k` must be 0 \(all experts\) or the number that keep weight. Received: -1"),
         (lambda: GateSoftmax(1.5), r"`top_k` must be 0 \(all experts\) or the number that keep weight. Received: 1.5"),
-        (lambda: GateSoftmax(balance=-0.1), "`balance` must be 0 or more. Received: -0.1"),
+        (lambda: GateSoftmax(load_balancing_weight=-0.1), "`load_balancing_weight` must be 0 or more. Received: -0.1"),
         (lambda: GateSoftmax(5)(SCORES), r"that this gate weighs, 4; 0 keeps all. Received: 5"),
         (lambda: ExpertGate((1, 2), top_k=3), r"that this gate weighs, 2; 0 keeps all. Received: 3"),
         (lambda: VirtualKernelGate((1, 2), top_k=3), r"that this gate weighs, 2; 0 keeps all. Received: 3"),
@@ -197,3 +234,8 @@ def test_balance_only_while_training_and_only_with_a_coefficient():
 def test_sparse_gate_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_setting_that_a_user_can_mend_is_a_config_error():
+    with pytest.raises(ConfigError, match="0 keeps all"):
+        ExpertGate((1, 2), top_k=3)

@@ -69,6 +69,13 @@ def test_attention_scores_sum_to_one_over_the_fields():
     assert [symbol.shape for symbol in symbols] == [(None, F, K, D), (None, F, K)]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_single_field_has_all_attention_without_a_warning():
+    fields, kernels = np.ones((2, 1, 4), "float32"), np.ones((3, 4), "float32")
+    _, scores = VirtualKernelAttention(seed=0)(fields, kernels, return_attention_scores=True)
+    assert ops.convert_to_numpy(scores).tolist() == [[[1.0, 1.0, 1.0]]] * 2
+
+
 def test_permuted_kernels_permute_the_output():
     layer, fields, kernels = attention_with_random_weights(), normal(2, F, D), normal(K, D, seed=1)
     order = [3, 0, 4, 1, 2]

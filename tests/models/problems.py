@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from mvke_tf.config import ModelConfig
-from mvke_tf.schema import Feature, Schema
+from mvke_tf.schema import Feature, Schema, Task
 from tests.layer_checks import compiled, loss_and_gradients
 
 SCHEMA = Schema(
@@ -19,11 +19,12 @@ SCHEMA = Schema(
         Feature("history", "user", 9, length=4, embedding="item_id"),
         Feature("item_id", "item", 9),
         Feature("genres", "item", 6, length=3),
-    )
+    ),
+    (Task("ctr"), Task("cvr")),
 )
 # Embeddings as large as these make every part of the model count.
 CONFIG = ModelConfig(
-    "mvke", embedding_dim=8, hidden_dims=(6, 5), dropout_rate=0.0, kernel_stddev=0.5, embedding_stddev=0.5
+    "mvke", embedding_dim=8, hidden_dims=(6, 5), dropout_rate=0.0, virtual_kernel_stddev=0.5, embedding_stddev=0.5
 )
 # For `compile`: without XLA small models train sooner under TensorFlow, and JAX would run operation by operation.
 JIT_COMPILE = keras.backend.backend() == "jax"

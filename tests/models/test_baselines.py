@@ -11,8 +11,7 @@ from keras import ops
 from mvke_tf.config import MODEL_NAMES, ModelConfig
 from mvke_tf.layers import Experts
 from mvke_tf.models import MODELS, READERS, build_model, unread_settings
-from mvke_tf.models.mmoe import cgc_experts
-from mvke_tf.models.two_tower import gate_model, mixed_experts, tower
+from mvke_tf.models.ple import cgc_experts
 from mvke_tf.schema import Task
 from tests.layer_checks import assert_close
 from tests.models.problems import (
@@ -45,7 +44,10 @@ def test_logits_are_inner_products_of_the_towers_before_and_after_saving(name, t
     for task, loaded_logits in numpy_outputs(loaded, PAIRS).items():
         assert_close(loaded_logits, logits[task], 1e-6)
     pairs = {name: PAIRS[name] for name in USERS}, {name: PAIRS[name] for name in ITEMS}
-    vectors = [numpy_outputs(tower(loaded, side), part) for side, part in zip(("user", "item"), pairs, strict=True)]
+    vectors = [
+        numpy_outputs(getattr(loaded, f"{side}_tower"), part)
+        for side, part in zip(("user", "item"), pairs, strict=True)
+    ]
     for task, logit in logits.items():
         assert vectors[0][task].shape == (len(logit), CONFIG.embedding_dim)
         assert_close(np.sum(vectors[0][task] * vectors[1][task], axis=1, keepdims=True), logit)
@@ -53,7 +55,7 @@ def test_logits_are_inner_products_of_the_towers_before_and_after_saving(name, t
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_gates_sum_to_one_over_the_experts_seen(name):
-    gates = gate_model(build(name))
+    gates = build(name).gates
     assert set(gates.input) == set(USERS)
     seen = {"mmoe": 5, "cgc": 4, "ple": 4}[name]
     for weights in numpy_outputs(gates, USERS).values():
@@ -63,9 +65,10 @@ def test_gates_sum_to_one_over_the_experts_seen(name):
 
 
 @pytest.mark.parametrize("name", ["hard_sharing", "shared_bottom", "single_task"])
-def test_models_without_gates_say_so(name):
-    with pytest.raises(ValueError, match=f"'{name}' has no gates"):
-        gate_model(build(name))
+def test_models_without_gates(name):
+    model = build(name)
+    assert model.gates is None and model.gate_side is None and model.expert_outputs is None
+    assert [model.experts_of(task) for task in model.task_names] == [()] * len(model.task_names)
 
 
 def gradients_of(model, task):
@@ -111,7 +114,7 @@ def test_shared_bottom_is_relu_layers_and_linear_heads():
         kernel, bias = model.get_layer(f"shared_bottom_{layer}").get_weights()
         x = np.maximum(x @ kernel + bias, 0.0)
     kernels, biases = model.get_layer("user_heads").get_weights()
-    users = numpy_outputs(tower(model, "user"), {name: PAIRS[name] for name in USERS})
+    users = numpy_outputs(model.user_tower, {name: PAIRS[name] for name in USERS})
     for index, task in enumerate(("ctr", "cvr")):
         assert_close(users[task], x @ kernels[index] + biases[index])
 
@@ -180,7 +183,7 @@ def test_errors(name, settings, message):
 
 
 def test_single_task_refuses_several():
-    with pytest.raises(ValueError, match=r"one task at a time, for example --tasks ctr. Received: 2 tasks"):
+    with pytest.raises(ValueError, match=r"one task at a time; name it with --tasks. Received: 2 tasks"):
         build_model("single_task", SCHEMA, CONFIG)
 
 
@@ -199,11 +202,10 @@ def test_an_expert_that_does_not_exist():
 )
 def test_settings_state_the_ranges_of_the_tasks(name, setting, gates):
     model = build_model(name, SCHEMA, dataclasses.replace(CONFIG, **setting))
-    mixing = {task: model.get_layer(f"user_vector_{task}") for task in gates}
-    assert {task: mixed_experts(layer, 0) for task, layer in mixing.items()} == gates
-    # The tasks of a schema of one's own keep what they state themselves.
+    assert {task: model.experts_of(task) for task in gates} == gates
+    # The tasks of another schema keep what they state themselves.
     stated = build_model(name, SCHEMA.with_tasks([Task("other", experts=(1,), kernels=(1,))]), CONFIG)
-    assert mixed_experts(stated.get_layer("user_vector_other"), 0) == (1,)
+    assert stated.experts_of("other") == (1,)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -234,7 +236,7 @@ def test_the_readers_of_a_setting_are_those_whose_graph_it_changes(name):
     tasks = [Task("ctr")] if name == "single_task" else [Task("ctr"), Task("cvr")]
     changes = {
         **{"num_virtual_kernels": 4, "num_experts": 7, "num_levels": 3, "shared_experts": True, "gate_top_k": 1},
-        **{"balance_coefficient": 0.5, "kernel_stddev": 0.7, "attention_stddev": 0.7},
+        **{"load_balancing_weight": 0.5, "virtual_kernel_stddev": 0.7, "attention_stddev": 0.7},
         **{"task_kernels": ("0-1",) * len(tasks), "task_experts": ("0-1",) * len(tasks)},
     }
 

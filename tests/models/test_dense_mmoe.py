@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 from mvke_tf.layers import AttentionGate, ConvolutionalExpert
-from mvke_tf.models.dense_mmoe import build_mmoe, build_mmoe_recommender
+from mvke_tf.models.dense_mmoe import DenseMMoE, build_mmoe, build_mmoe_recommender
 from tests.layer_checks import assert_close, compiled
 from tests.models.problems import JIT_COMPILE, in_training, numpy_outputs, randomize
 
@@ -62,7 +62,7 @@ def test_outputs_by_hand(gate_hidden_dims):
 
 
 def test_classification_beside_regression_learns():
-    """With exchanged parts, sparse gates and the balance loss."""
+    """With exchanged parts, sparse gates and the load-balancing loss."""
     keras.utils.set_random_seed(0)
     model = build_mmoe(
         8,
@@ -71,7 +71,7 @@ def test_classification_beside_regression_learns():
         experts=[ConvolutionalExpert(16, 8), keras.layers.Dense(16, activation="relu"), Wave(16)],
         gates=[AttentionGate(3), keras.layers.Dense(3)],
         gate_top_k=2,
-        balance_coefficient=0.01,
+        load_balancing_weight=0.01,
     )
     model.compile(
         optimizer=keras.optimizers.Adam(0.02),
@@ -83,7 +83,7 @@ def test_classification_beside_regression_learns():
     history = model.fit(features, labels, epochs=8, batch_size=64, verbose=0).history
     for task in labels:
         assert history[f"{task}_loss"][-1] < 0.4 * history[f"{task}_loss"][0]
-    # The balance loss of both gates is the rest of the loss.
+    # The load-balancing loss of both gates is the rest of the loss.
     rest = np.subtract(history["loss"], np.add(history["task_0_loss"], history["task_1_loss"]))
     assert rest.min() >= -1e-5 and rest[0] > 1e-4
 
@@ -92,7 +92,7 @@ def test_exchanged_parts_by_hand_and_after_saving(tmp_path):
     experts = [Wave(4, 2.0), keras.Sequential([keras.layers.Dense(5, "relu"), keras.layers.Dense(4)])]
     experts.append(ConvolutionalExpert(4, 2))
     gates = [Wave(3, 3.0), AttentionGate(3, 1, 2)]
-    sparse = {"gate_top_k": 2, "balance_coefficient": 0.1, "dropout_rate": 0.0}
+    sparse = {"gate_top_k": 2, "load_balancing_weight": 0.1, "dropout_rate": 0.0}
     model = randomize(build_mmoe(8, experts=experts, gates=gates, return_expert_weights=True, **sparse))
     outputs = numpy_outputs(model, FEATURES)
     expert_outputs = [ops.convert_to_numpy(compiled(expert)(FEATURES)) for expert in experts]
@@ -128,7 +128,7 @@ def test_defaults():
 
 
 def test_recommender_is_the_mmoe_on_embeddings_and_dense_features(tmp_path):
-    parts = {"experts": [Wave(3), Wave(3)], "gates": [Wave(2), Wave(2)], "balance_coefficient": 0.1}
+    parts = {"experts": [Wave(3), Wave(3)], "gates": [Wave(2), Wave(2)], "load_balancing_weight": 0.1}
     model = randomize(
         build_mmoe_recommender(
             9, 7, 3, 2, tower_hidden_dims=(4,), dropout_rate=0.0, return_expert_weights=True, **parts
@@ -148,7 +148,8 @@ def test_recommender_is_the_mmoe_on_embeddings_and_dense_features(tmp_path):
         ],
         axis=1,
     )
-    for name, output in numpy_outputs(model.get_layer("mmoe"), features).items():
+    behind = keras.Model(model.get_layer("all_features").output, model.output)
+    for name, output in numpy_outputs(behind, features).items():
         assert_close(outputs[name], output, 1e-6)
     assert outputs["task_0_expert_weights"].shape == (3, 2)
     model.save(tmp_path / "model.keras")
@@ -160,6 +161,30 @@ def test_recommender_is_the_mmoe_on_embeddings_and_dense_features(tmp_path):
 
 def test_recommender_without_dense_features():
     assert set(build_mmoe_recommender(5, 5, 2, 0).input) == {"user_id", "item_id"}
+
+
+@pytest.mark.parametrize("return_expert_weights", [False, True])
+def test_what_a_model_knows_of_itself(return_expert_weights, tmp_path):
+    small = {"num_experts": 3, "expert_hidden_dims": (5, 4), "return_expert_weights": return_expert_weights}
+    build_mmoe(8, **small).save(tmp_path / "model.keras")
+    for model, inputs in (
+        (keras.saving.load_model(tmp_path / "model.keras"), {"features": FEATURES}),
+        (build_mmoe_recommender(5, 4, 3, 0, **small), {name: np.arange(6) % 4 for name in ("user_id", "item_id")}),
+    ):
+        assert isinstance(model, DenseMMoE)
+        assert model.task_names == ("task_0", "task_1") and model.gate_side == "user"
+        assert model.experts_of("task_1") == (0, 1, 2) and model.kernels_of("task_1") == ()
+        gates, experts = numpy_outputs(model.gates, inputs), ops.convert_to_numpy(model.expert_outputs(inputs))
+        assert experts.shape == (6, 3, 4)
+        mixture = numpy_outputs(model.part(model.get_layer("mixture_task_1").output), inputs)
+        assert_close(np.einsum("be,beo->bo", gates["task_1"], experts), mixture)
+
+
+def test_features_of_any_layers():
+    """What the experts read may be made of several inputs."""
+    inputs = [keras.Input((2,), name="a"), keras.Input((3,), name="b")]
+    model = build_mmoe(features=keras.layers.Concatenate()(inputs), num_tasks=1, name="wide")
+    assert (model.name, set(model.input), model.get_layer("experts").weights[0].shape[1]) == ("wide", {"a", "b"}, 5)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +201,7 @@ def test_recommender_without_dense_features():
         ({"gates": [Wave(3), Wave(3)], "gate_hidden_dims": (4,)}, r"leave it out .* Received: \(4,\)"),
         ({"gate_top_k": 4}, "that this gate weighs, 3; 0 keeps all. Received: 4"),
         ({"gate_top_k": 4, "gates": [Wave(3), Wave(3)]}, "weighs, 3; 0 keeps all. Received: 4"),
-        ({"balance_coefficient": -1.0}, "`balance` must be 0 or more. Received: -1.0"),
+        ({"load_balancing_weight": -1.0}, "`load_balancing_weight` must be 0 or more. Received: -1.0"),
         ({"task_output_dims": (1, 1, 1)}, "for each of the 2 tasks. Received: \\(1, 1, 1\\)"),
     ],
 )

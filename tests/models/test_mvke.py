@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from mvke_tf.models.mvke import build_mvke, default_kernels, field_attention_model
-from mvke_tf.models.two_tower import gate_model, tower
+from mvke_tf.models.mvke import build_mvke, default_kernels
 from mvke_tf.schema import Task
 from tests.layer_checks import assert_close
 from tests.models.problems import (
@@ -68,11 +67,11 @@ def test_a_task_sends_no_gradient_to_experts_that_it_cannot_select(model):
 
 def test_gates_weight_the_experts_of_the_user_vector(model):
     """The published form, `⟨Σ_k g_k expert_k, tag⟩`, from the parts of the graph."""
-    gates = gate_model(model)
+    gates = model.gates
     assert set(gates.input) == set(ITEMS)
     weights = numpy_outputs(gates, {name: PAIRS[name] for name in ITEMS})
-    users = numpy_outputs(tower(model, "user"), {name: PAIRS[name] for name in USERS})
-    items = numpy_outputs(tower(model, "item"), {name: PAIRS[name] for name in ITEMS})
+    users = numpy_outputs(model.user_tower, {name: PAIRS[name] for name in USERS})
+    items = numpy_outputs(model.item_tower, {name: PAIRS[name] for name in ITEMS})
     for task, logit in numpy_outputs(model, PAIRS).items():
         count = weights[task].shape[1]
         assert_close(weights[task].sum(axis=1), np.ones(len(logit)))
@@ -83,14 +82,14 @@ def test_gates_weight_the_experts_of_the_user_vector(model):
 
 
 def test_gates_of_built_and_loaded_models_agree(built, loaded):
-    expected = numpy_outputs(gate_model(built), ITEMS)
+    expected = numpy_outputs(built.gates, ITEMS)
     assert {task: gate.shape for task, gate in expected.items()} == {"ctr": (NUM_ITEMS, 3), "cvr": (NUM_ITEMS, 4)}
-    for task, gate in numpy_outputs(gate_model(loaded), ITEMS).items():
+    for task, gate in numpy_outputs(loaded.gates, ITEMS).items():
         assert_close(gate, expected[task], 1e-6)
 
 
 def test_field_attention(built, loaded):
-    part = field_attention_model(built)
+    part = built.field_attention
     assert set(part.input) == set(USERS)
     scores = ops.convert_to_numpy(part(USERS))
     assert scores.shape == (NUM_USERS, 3, CONFIG.num_virtual_kernels)
@@ -102,7 +101,7 @@ def test_field_attention(built, loaded):
     table = built.get_layer("virtual_kernels").kernels.value
     expected = layer(fields, table, return_attention_scores=True)[1]
     assert_close(part({name: PAIRS[name] for name in USERS}), expected, 1e-6)
-    assert_close(field_attention_model(loaded)(USERS), scores, 1e-6)
+    assert_close(loaded.field_attention(USERS), scores, 1e-6)
 
 
 def test_permuting_kernels_with_their_experts_changes_nothing(built):
@@ -126,8 +125,8 @@ def test_three_tasks():
     # A task without kernels of its own gets the default ones of its position.
     assert [model.get_layer(f"gate_{task}").kernels for task in logits] == [*KERNELS.values(), (1, 2, 3, 4)]
     assert model.get_layer("user_vector_rating").indices == (1, 2, 3, 4)
-    users = numpy_outputs(tower(model, "user"), {name: PAIRS[name] for name in USERS})
-    items = numpy_outputs(tower(model, "item"), {name: PAIRS[name] for name in ITEMS})
+    users = numpy_outputs(model.user_tower, {name: PAIRS[name] for name in USERS})
+    items = numpy_outputs(model.item_tower, {name: PAIRS[name] for name in ITEMS})
     assert_close((users["rating"] * items["rating"]).sum(axis=1, keepdims=True), logits["rating"])
 
 
@@ -146,7 +145,8 @@ def test_shared_experts_are_one_network():
 
 @pytest.mark.parametrize("side", ["user", "item"])
 def test_dropout_only_while_training(side):
-    model = tower(build_mvke(SCHEMA, dataclasses.replace(CONFIG, embedding_dropout_rate=0.5, dropout_rate=0.5)), side)
+    config = dataclasses.replace(CONFIG, embedding_dropout_rate=0.5, dropout_rate=0.5)
+    model = getattr(build_mvke(SCHEMA, config), f"{side}_tower")
     inputs = USERS if side == "user" else ITEMS
     first, second = numpy_outputs(model, inputs), numpy_outputs(model, inputs)
     np.testing.assert_array_equal(first["ctr"], second["ctr"])
@@ -175,7 +175,7 @@ def test_mixed_precision():
     finally:
         keras.config.set_dtype_policy("float32")
     assert {weight.dtype for weight in mixed.trainable_variables} == {"float32"}
-    assert {symbol.dtype for symbol in tower(mixed, "user").output.values()} == {"bfloat16"}
+    assert {symbol.dtype for symbol in mixed.user_tower.output.values()} == {"bfloat16"}
     assert {symbol.dtype for symbol in mixed.output.values()} == {"float32"}
     expected = numpy_outputs(randomize(build_mvke(SCHEMA, CONFIG)), PAIRS)
     for task, logit in numpy_outputs(mixed, PAIRS).items():
@@ -189,7 +189,7 @@ def test_rejects_a_kernel_that_does_not_exist():
 
 
 def test_first_weights_have_the_scale_of_the_settings():
-    config = dataclasses.replace(CONFIG, embedding_dim=64, kernel_stddev=2.0, attention_stddev=0.3)
+    config = dataclasses.replace(CONFIG, embedding_dim=64, virtual_kernel_stddev=2.0, attention_stddev=0.3)
     keras.utils.set_random_seed(0)
     model = build_mvke(SCHEMA, config)
     assert np.std(model.get_layer("virtual_kernels").get_weights()[0]) == pytest.approx(2.0, rel=0.2)

@@ -1,4 +1,4 @@
-"""Top-k gates and the balance loss in every mixture of experts."""
+"""Top-k gates and the load-balancing loss in every mixture of experts."""
 
 import dataclasses
 
@@ -10,7 +10,6 @@ from keras import ops
 from mvke_tf.layers import ExpertGate, VirtualKernelGate
 from mvke_tf.models import build_model
 from mvke_tf.models.dense_mmoe import build_mmoe
-from mvke_tf.models.two_tower import cut, distinct_model, gate_model
 from mvke_tf.schema import Task
 from tests.layer_checks import assert_close, loss_and_gradients
 from tests.models.problems import (
@@ -26,7 +25,7 @@ from tests.models.problems import (
     randomize,
 )
 
-SPARSE = {"num_experts": 5, "gate_top_k": 2, "balance_coefficient": 0.3, "embedding_dropout_rate": 0.0}
+SPARSE = {"num_experts": 5, "gate_top_k": 2, "load_balancing_weight": 0.3, "embedding_dropout_rate": 0.0}
 # PLE has a gate per task on both levels, and that of the shared experts on the first.
 GATES = {"mvke": 2, "mmoe": 2, "cgc": 2, "ple": 5}
 
@@ -35,9 +34,9 @@ def build(name, schema=SCHEMA, **settings):
     return randomize(build_model(name, schema, dataclasses.replace(CONFIG, name=name, **SPARSE | settings)))
 
 
-def balance(weights):
+def load_balancing(weights):
     importance = weights.sum(axis=0)
-    return SPARSE["balance_coefficient"] * importance.var() / importance.mean() ** 2
+    return SPARSE["load_balancing_weight"] * importance.var() / importance.mean() ** 2
 
 
 def full_weights(gate):
@@ -49,7 +48,7 @@ def full_weights(gate):
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_a_saved_model_keeps_its_gates_and_its_balance_loss(name, tmp_path):
+def test_a_saved_model_keeps_its_gates_and_its_load_balancing_loss(name, tmp_path):
     model = build(name)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -62,7 +61,7 @@ def test_a_saved_model_keeps_its_gates_and_its_balance_loss(name, tmp_path):
         for gate in weights:
             np.testing.assert_array_equal((gate > 0).sum(axis=1), 2)
             assert_close(gate.sum(axis=1), np.ones(len(gate)))
-        assert sorted(losses) == pytest.approx(sorted(map(balance, before)), rel=1e-4)
+        assert sorted(losses) == pytest.approx(sorted(map(load_balancing, before)), rel=1e-4)
         results.append(outputs)
     for task, output in results[0].items():
         assert_close(results[1][task], output, 1e-6)
@@ -70,19 +69,19 @@ def test_a_saved_model_keeps_its_gates_and_its_balance_loss(name, tmp_path):
 
 @pytest.mark.parametrize("name", GATES)
 def test_by_default_all_experts_count_and_nothing_is_added(name):
-    plain = {"gate_top_k": 0, "balance_coefficient": 0.0, "num_levels": 1}
+    plain = {"gate_top_k": 0, "load_balancing_weight": 0.0, "num_levels": 1}
     model = build(name, **plain)
     gate = model.get_layer("gate_ctr").output
     weights, losses = in_training(keras.Model(model.input, gate), PAIRS)
     assert losses == [] and weights.min() > 0.0
 
 
-def test_distinct_users_and_items_keep_the_balance_loss():
+def test_distinct_users_and_items_keep_the_load_balancing_loss():
     model = build("mmoe")
     gates = {task: full_weights(model.get_layer(f"gate_{task}")) for task in ("ctr", "cvr")}
-    weights = numpy_outputs(cut(model, gates, "full"), USERS).values()
-    _, losses = in_training(distinct_model(model), {**USERS, **ITEMS, **ROWS})
-    assert losses == pytest.approx(list(map(balance, weights)), rel=1e-4)
+    weights = numpy_outputs(model.part(gates), USERS).values()
+    _, losses = in_training(model.training_model(), {**USERS, **ITEMS, **ROWS})
+    assert losses == pytest.approx(list(map(load_balancing, weights)), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +102,14 @@ def test_more_than_a_gate_has_is_an_error(name, task, top_k, seen):
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 2])
-def test_the_balance_loss_evens_out_the_use_of_experts(top_k):
+def test_the_load_balancing_loss_evens_out_the_use_of_experts(top_k):
     """A gate that starts with almost all weight on one of four experts, trained with and without the loss."""
     features = np.random.default_rng(0).normal(size=(60 * 32, 4)).astype("float32")
     variation = {}
     for coefficient in (0.0, 1.0):
         keras.utils.set_random_seed(0)
         model = build_mmoe(
-            4, 4, 1, (6,), (), balance_coefficient=coefficient, gate_top_k=top_k, return_expert_weights=True
+            4, 4, 1, (6,), (), load_balancing_weight=coefficient, gate_top_k=top_k, return_expert_weights=True
         )
         model.get_layer("gate_task_0").dense.bias.assign([4.0, 0.0, 0.0, 0.0])
         trained = keras.Model(model.input, {"task_0": model.output["task_0"]})
@@ -124,9 +123,9 @@ def test_the_balance_loss_evens_out_the_use_of_experts(top_k):
 
 def test_experts_outside_the_top_k_are_not_trained():
     """Of one example, only the two experts that its gate chose have a gradient."""
-    model = build("mmoe", SCHEMA.with_tasks([Task("ctr")]), balance_coefficient=0.0)
+    model = build("mmoe", SCHEMA.with_tasks([Task("ctr")]), load_balancing_weight=0.0)
     one = {name: array[:1] for name, array in PAIRS.items()}
-    chosen = numpy_outputs(gate_model(model), {name: one[name] for name in USERS})["ctr"][0] > 0
+    chosen = numpy_outputs(model.gates, {name: one[name] for name in USERS})["ctr"][0] > 0
     assert chosen.sum() == 2
     experts = model.get_layer("experts").trainable_variables
     for gradient in loss_and_gradients(lambda _: (ops.sum(model(one)["ctr"]), []), {}, experts)[-1]:

@@ -8,20 +8,7 @@ from keras import ops
 from mvke_tf.layers import FieldEmbedding
 from mvke_tf.models import MODELS, build_model
 from mvke_tf.models.mvke import build_mvke
-from mvke_tf.models.two_tower import (
-    conditional_model,
-    conditional_tasks,
-    cut,
-    distinct_model,
-    embed_fields,
-    feature_inputs,
-    outputs_of_products,
-    predictions,
-    score,
-    task_kinds,
-    task_names,
-    tower,
-)
+from mvke_tf.models.two_tower import TwoTowerModel, embed_fields, feature_inputs, score
 from mvke_tf.schema import Feature, Schema, Task
 from tests.layer_checks import assert_close
 from tests.models.problems import (
@@ -48,7 +35,7 @@ def test_inputs_and_outputs(model):
         "genres_weights": ((None, 3), "float32"),
     }
     assert {name: symbol.shape for name, symbol in model.output.items()} == {"ctr": (None, 1), "cvr": (None, 1)}
-    assert task_names(model) == ["ctr", "cvr"]
+    assert model.task_names == ("ctr", "cvr")
 
 
 def test_a_loaded_model_gives_the_same_logits(built, loaded):
@@ -59,14 +46,14 @@ def test_a_loaded_model_gives_the_same_logits(built, loaded):
 
 
 def test_logits_are_inner_products_of_the_towers(model):
-    users, items = numpy_outputs(tower(model, "user"), USERS), numpy_outputs(tower(model, "item"), ITEMS)
+    users, items = numpy_outputs(model.user_tower, USERS), numpy_outputs(model.item_tower, ITEMS)
     for task, logit in numpy_outputs(model, PAIRS).items():
         all_pairs = users[task] @ items[task].T
         assert_close(all_pairs[ROWS["user_rows"], ROWS["item_rows"]], logit[:, 0])
 
 
 def test_towers_read_their_own_features_and_share_the_weights(model):
-    user, item = tower(model, "user"), tower(model, "item")
+    user, item = model.user_tower, model.item_tower
     assert (set(user.input), set(item.input)) == (set(USERS), set(ITEMS))
     parts = [{id(weight) for weight in part.weights} for part in (user, item, model)]
     assert parts[0] | parts[1] == parts[2]
@@ -91,7 +78,7 @@ def test_features_that_share_a_table_have_one():
 
 def test_the_distinct_model_has_the_same_losses_and_gradients(model):
     variables = model.trainable_variables
-    distinct = distinct_model(model)
+    distinct = model.training_model()
     assert {id(weight) for weight in distinct.trainable_variables} == {id(weight) for weight in variables}
     losses, gradients = task_losses_and_gradients(model, PAIRS, ("ctr", "cvr"), variables)
     same_losses, same_gradients = task_losses_and_gradients(
@@ -110,24 +97,24 @@ def test_scores_are_float32_in_mixed_precision():
     assert (logit.shape, logit.dtype, logit._keras_history.operation.name) == ((None, 1), "float32", "ctr")
 
 
-def test_cut_keeps_the_inputs_that_the_outputs_need(built):
-    part = cut(built, built.get_layer("embedding_age").output, "age")
+def test_a_part_keeps_the_inputs_that_the_outputs_need(built):
+    part = built.part(built.get_layer("embedding_age").output, "age")
     assert (list(part.input), part.name) == (["age"], "age")
     table = ops.convert_to_numpy(built.get_layer("embedding_age").embeddings)
     np.testing.assert_array_equal(ops.convert_to_numpy(part({"age": USERS["age"]})), table[USERS["age"]])
 
 
-def test_rejects_another_side(built):
-    with pytest.raises(ValueError, match=r"`side` must be 'user' or 'item'. Received: 'tag'"):
-        tower(built, "tag")
-
-
-@pytest.mark.parametrize("as_dictionary", [False, True])
-def test_rejects_a_model_without_towers(as_dictionary):
+@pytest.mark.parametrize("outputs", [{"y": 0}, {"ctr": 0}])
+def test_a_model_without_heads_is_not_a_two_tower_model(outputs):
     symbol = keras.Input((3,), name="x")
-    other = keras.Model({"x": symbol}, {"y": symbol} if as_dictionary else symbol, name="other")
-    with pytest.raises(ValueError, match=r"Expected a two-tower model .* Received: 'other' with layers \['x'\]"):
-        tower(other, "user")
+    other = TwoTowerModel(
+        {"x": symbol}, {task: keras.layers.Dense(1, name=task)(symbol) for task in outputs}, name="other"
+    )
+    with pytest.raises(
+        ValueError,
+        match=rf"from a head of its name.* Received: {list(outputs)} without one in 'other'".replace("[", r"\["),
+    ):
+        _ = other.user_tower
 
 
 def test_features_of_a_group_become_unknown_together_and_others_alone():
@@ -137,7 +124,8 @@ def test_features_of_a_group_become_unknown_together_and_others_alone():
             Feature("history", "user", 7, length=2, embedding="item_id"),
             Feature("item_id", "item", 7, unknown_rate=0.5, unknown_group="item"),
             Feature("popularity", "item", 5, unknown_rate=0.5, unknown_group="item"),
-        )
+        ),
+        SCHEMA.tasks,
     )
     model = build_mvke(schema, CONFIG)
     replaced = keras.Model(model.input, [model.get_layer(f"unknown_{group}").output for group in ("user_id", "item")])
@@ -175,27 +163,25 @@ def chain_model(request, tmp_path_factory) -> keras.Model:
 
 
 def test_a_conditional_and_a_regression_task(chain_model):
-    assert task_kinds(chain_model) == {"click": "binary", "buy": "binary", "rating": "regression"}
-    assert conditional_tasks(chain_model) == {"buy": "click"}
-    users = numpy_outputs(tower(chain_model, "user"), {name: PAIRS[name] for name in SCHEMA.inputs("user")})
-    items = numpy_outputs(tower(chain_model, "item"), {name: PAIRS[name] for name in SCHEMA.inputs("item")})
+    assert chain_model.kinds == {"click": "binary", "buy": "binary", "rating": "regression"}
+    assert chain_model.given == {"buy": "click"}
+    users = numpy_outputs(chain_model.user_tower, {name: PAIRS[name] for name in SCHEMA.inputs("user")})
+    items = numpy_outputs(chain_model.item_tower, {name: PAIRS[name] for name in SCHEMA.inputs("item")})
     dots = {task: np.sum(users[task] * items[task], axis=1, keepdims=True) for task in users}
     outputs = numpy_outputs(chain_model, PAIRS)
     assert_close(outputs["click"], dots["click"])
     assert_close(outputs["rating"], 3.5 + dots["rating"])
-    assert_close(numpy_outputs(conditional_model(chain_model), PAIRS)["buy"], dots["buy"])
-    probabilities = keras.tree.map_structure(ops.convert_to_numpy, predictions(chain_model, outputs))
+    assert_close(numpy_outputs(chain_model.conditional, PAIRS)["buy"], dots["buy"])
+    probabilities = keras.tree.map_structure(ops.convert_to_numpy, chain_model.predictions(outputs))
     expected = 1 / (1 + np.exp(-dots["click"].astype("float64"))) / (1 + np.exp(-dots["buy"].astype("float64")))
     assert_close(probabilities["buy"], expected)
     assert_close(probabilities["rating"], outputs["rating"])
-    again = keras.tree.map_structure(ops.convert_to_numpy, outputs_of_products(chain_model, dots))
-    distinct = numpy_outputs(distinct_model(chain_model), {**USERS, **ITEMS, **ROWS})
+    again = keras.tree.map_structure(ops.convert_to_numpy, chain_model.outputs_of_products(dots))
+    distinct = numpy_outputs(chain_model.training_model(), {**USERS, **ITEMS, **ROWS})
     for task, output in outputs.items():
         assert_close(again[task], output)
         assert_close(distinct[task], output)
 
 
 def test_no_conditional_task(built):
-    assert conditional_tasks(built) == {}
-    with pytest.raises(ValueError, match=r"No task of 'mvke' was built with `Task\(given=...\)`"):
-        conditional_model(built)
+    assert built.given == {} and built.conditional is None

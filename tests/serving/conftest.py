@@ -6,31 +6,31 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mvke_tf.config import DataConfig, ModelConfig, RunConfig
-from mvke_tf.data.prepared import prepare
-from mvke_tf.models.mvke import build_mvke
+from mvke_tf.config import ModelConfig, RunConfig
+from mvke_tf.data.store import PreparedDataset
+from mvke_tf.models import TwoTowerModel, build_model
 from mvke_tf.run import Run
 from mvke_tf.serving import export_run
-from tests.serving.helpers import LENGTH, Elsewhere, rows_of, small_frames
+from mvke_tf.serving.rest.model import ServedModel
+from tests.serving.helpers import Elsewhere, pair_rows, prepared_with_twins, rows_of
+from tests.serving.rest_helpers import export_toy
 
 
 @pytest.fixture(scope="package")
 def run(tmp_path_factory) -> Run:
     """An untrained run whose probabilities spread."""
     folder = tmp_path_factory.mktemp("serving")
-    config = RunConfig(
-        DataConfig(history_length=LENGTH), ModelConfig(embedding_dim=8, hidden_dims=(8,), embedding_stddev=1.0)
-    )
-    prepared = prepare(small_frames(np.random.default_rng(0)), config.data)
-    prepared.save(folder / "prepared.npz")
-    run = Run.create(folder / "run", config, folder / "prepared.npz")
+    config = RunConfig(model=ModelConfig(embedding_dim=8, hidden_dims=(8,), embedding_stddev=1.0))
+    prepared_with_twins().save(folder / "prepared")
+    prepared = PreparedDataset.load(folder / "prepared")
+    run = Run.create(folder / "run", config, prepared)
     keras.utils.set_random_seed(0)
-    run.save_checkpoint(build_mvke(prepared.schema, config.model))
+    run.save_checkpoint(build_model("mvke", prepared.schema(), config.model))
     return run
 
 
 @pytest.fixture(scope="package")
-def model(run) -> keras.Model:
+def model(run) -> TwoTowerModel:
     return run.load_model()
 
 
@@ -66,16 +66,23 @@ def serve(elsewhere, exported):
 @pytest.fixture
 def raw(run) -> dict[str, np.ndarray]:
     """The raw features of every pair of the test part."""
-    prepared = run.prepared
-    pairs = prepared.pairs.iloc[prepared.part_rows("test")]
-    return {
-        name: column
-        for tower in ("user", "item")
-        for name, column in rows_of(prepared.raw[tower], pairs[f"{tower}_row"]).items()
-    }
+    return pair_rows(run.prepared, "test")
 
 
 @pytest.fixture
 def user(run) -> dict[str, np.ndarray]:
     """The raw features of three users."""
-    return rows_of(run.prepared.raw["user"], [0, 7, 20])
+    return rows_of(run.prepared.users.raw, [0, 7, 20])
+
+
+@pytest.fixture(scope="session")
+def toy_export(tmp_path_factory) -> Path:
+    """A folder of versions with one, 7, of known answers."""
+    folder = tmp_path_factory.mktemp("toy")
+    export_toy(folder / "7")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_model(toy_export) -> ServedModel:
+    return ServedModel(toy_export / "7")

@@ -1,4 +1,4 @@
-"""What the tests of the SavedModel share: a small problem, and a process that has TensorFlow but nothing of ours."""
+"""What the tests of serving share: a small problem, and a process that has TensorFlow but nothing of ours."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import keras
 import numpy as np
-import pandas as pd
+import polars as pl
 
-from mvke_tf.data.movielens import GENRES, MovieLens
-from mvke_tf.data.prepared import Prepared
-from mvke_tf.models.two_tower import predictions
+from mvke_tf.data.declaration import Dataset
+from mvke_tf.data.preparation import prepare
+from mvke_tf.data.store import PreparedDataset
+from mvke_tf.models import TwoTowerModel
+from tests.small import SMALL, small_log
 
-LENGTH = 4  # slots of the lists of items
-TWINS = (9, 3)  # rows of the catalogue that hold the same item, but for its id and title
+# Rows of the catalogue that hold the same item but for its id and name, and the number of items.
+TWINS, ITEMS = (30, 31), 32
 
 # Pickled requests (way, path of the SavedModel, signature, inputs) in, pickled answers or error messages out. The ways
 # are the signature itself and the client.py beside the model.
@@ -25,7 +26,7 @@ import importlib.util, pathlib, pickle, sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("mvke_tf", "keras_rs"):
+        if name.partition(".")[0] in ("mvke_tf", "keras_rs", "polars", "pandas"):
             raise ImportError(f"{name} is not for this process")
 
 sys.meta_path.insert(0, Blocked())
@@ -54,7 +55,7 @@ while True:
         answer = str(error)
     sys.stdout.buffer.write(pickle.dumps(answer))
     sys.stdout.buffer.flush()
-assert not {"mvke_tf", "keras_rs"} & set(sys.modules)
+assert not {"mvke_tf", "keras_rs", "polars", "pandas"} & set(sys.modules)
 """
 
 
@@ -82,61 +83,39 @@ class Elsewhere:
         return self._process.wait(timeout=60)
 
 
-def small_frames(random: np.random.Generator) -> MovieLens:
-    users, items, ratings = 12, 15, 120
-    # The twins have no ratings, so that their ids are unknown to the encoder.
-    rated = np.setdiff1d(np.arange(items), TWINS)
-    chosen = random.choice(users * len(rated), ratings, replace=False)
-    genres = [tuple(random.choice(GENRES, 2, replace=False)) for _ in range(items)]
-    genres[TWINS[1]] = genres[TWINS[0]]
-    years = [*range(1980, 1980 + items - 1), None]
-    years[TWINS[1]] = years[TWINS[0]]
-    return MovieLens(
-        ratings=pd.DataFrame(
-            {
-                "user_id": chosen // len(rated) + 1,
-                "item_id": rated[chosen % len(rated)] + 1,
-                "rating": random.integers(1, 6, ratings),
-                "timestamp": 880_000_000 + random.integers(0, 100, ratings),
-            }
-        ),
-        users=pd.DataFrame(
-            {
-                "user_id": np.arange(users) + 1,
-                "age": random.integers(10, 70, users),
-                "gender": random.choice(["F", "M"], users),
-                "occupation": random.choice(["artist", "student", "writer"], users),
-                "zip_code": "12345",
-            }
-        ),
-        items=pd.DataFrame(
-            {
-                "item_id": np.arange(items) + 1,
-                "title": [f"Film {n}" for n in range(items)],
-                "release_year": pd.array(years, dtype="Int64"),
-                "genres": genres,
-            }
-        ),
-    )
+def prepared_with_twins() -> PreparedDataset:
+    """The small dataset with two more items of equal features, whose ids training never sees."""
+    log, items = small_log()
+    twin = {"tags": ["news", "film"], "price": 7.0, "year": 2001}
+    more = pl.DataFrame([{"item": f"i{row + 1}", "title": f"Item {row + 1}", **twin} for row in TWINS], items.schema)
+    return prepare(Dataset.from_frame(log, SMALL, items=pl.concat([items, more])))
 
 
-def rows_of(table: dict, rows) -> dict[str, np.ndarray]:
+def rows_of(table, rows) -> dict[str, np.ndarray]:
     """Some rows of a raw or encoded table."""
-    return {name: np.asarray(column)[rows] for name, column in table.items()}
+    return {name: np.asarray(table[name])[rows] for name in table}
 
 
-def predicted(model: keras.Model, encoded: dict) -> dict[str, np.ndarray]:
+def pair_rows(
+    prepared: PreparedDataset, part: str, most: int | None = None, kind: str = "raw"
+) -> dict[str, np.ndarray]:
+    """The features of the first interactions of a part."""
+    rows = prepared.part_rows(part)[:most]
+    users, items = getattr(prepared.users, kind), getattr(prepared.items, kind)
+    return rows_of(users, prepared.user_row[rows]) | rows_of(items, prepared.item_row[rows])
+
+
+def predicted(model: TwoTowerModel, encoded: dict) -> dict[str, np.ndarray]:
     """What the Keras model predicts of encoded pairs, `{task: (B,)}`."""
-    outputs = predictions(model, model(encoded, training=False))
+    outputs = model.predictions(model({name: encoded[name] for name in model.input}, training=False))
     return {task: output.numpy()[:, 0] for task, output in outputs.items()}
 
 
-def predicted_pairs(model: keras.Model, prepared: Prepared, users, items) -> dict[str, np.ndarray]:
-    """What the Keras model predicts of each user row with each item row, `{task: (users, items)}`."""
-    users, items = np.asarray(users), np.asarray(items)
-    encoded = rows_of(prepared.encoded["user"], np.repeat(users, len(items)))
-    encoded |= rows_of(prepared.encoded["item"], np.tile(items, len(users)))
-    return {task: output.reshape(len(users), -1) for task, output in predicted(model, encoded).items()}
+def predicted_pairs(model: TwoTowerModel, users: dict, items: dict) -> dict[str, np.ndarray]:
+    """What the Keras model predicts of encoded users with each encoded item, `{task: (users, items)}`."""
+    many, each = len(next(iter(users.values()))), len(next(iter(items.values())))
+    encoded = rows_of(users, np.repeat(np.arange(many), each)) | rows_of(items, np.tile(np.arange(each), many))
+    return {task: output.reshape(many, each) for task, output in predicted(model, encoded).items()}
 
 
 def assert_close(answer: dict[str, np.ndarray] | str, wanted: dict[str, np.ndarray]) -> None:

@@ -1,0 +1,811 @@
+"""A prepared dataset: encoded users and items, and the interactions between them; in memory, or a folder of Parquet."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mvke_tf.config import OBJECTIVES, nearest
+from mvke_tf.data.batches import Interactions
+from mvke_tf.data.declaration import PARTS, Dataset, TaskDeclaration
+from mvke_tf.data.encoder import NUMPY_DTYPES, RAW_UNKNOWN, EncodedFeature, Encoder
+from mvke_tf.errors import ConfigError, DataError, DeclarationError
+from mvke_tf.io import atomic_write, read_json
+from mvke_tf.schema import TOWERS, WEIGHTS_SUFFIX, Schema, Task
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+TABLES = ("users", "items", "latest_users")
+SIDES = {"users": "user", "items": "item", "latest_users": "user"}
+MANIFEST, ENCODER = "manifest.json", "encoder.json"
+REMEDY = "Delete the folder and run `mvke prepare --data ...` again."
+
+
+def digest(dataset: Dataset, fingerprint: str) -> str:
+    """What a prepared dataset is made of, in one word of 64 hexadecimal digits: format, declaration, source."""
+    made_of = [FORMAT, dataset.to_dict(), fingerprint]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class EntityTable:
+    """Entities of one side, one per row.
+
+    Args:
+        side: `"user"` or `"item"`.
+        key: Id of each, `(N,)`, int64 or text (object).
+        encoded: Encoded columns, `{input: (N, ...)}`.
+        raw: Raw columns, `{input: (N, ...)}`; of a list `(N, L)`, and its weights, in which 0 is an empty slot.
+        name: Name to show of each, `(N,)` text; None if none is declared.
+        time: Moment of the state, `(N,)` int64 in milliseconds since 1970; None of entities without.
+
+    Raises:
+        ValueError: If the columns have different lengths.
+    """
+
+    side: str
+    key: np.ndarray
+    encoded: Mapping[str, np.ndarray]
+    raw: Mapping[str, np.ndarray]
+    name: np.ndarray | None = None
+    time: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.side not in TOWERS:
+            raise ValueError(f"`side` must be one of {TOWERS}. Received: {self.side!r}")
+        columns = {"key": self.key, "name": self.name, "time": self.time}
+        columns |= {f"encoded/{name}": column for name, column in self.encoded.items()}
+        columns |= {f"raw/{name}": column for name, column in self.raw.items()}
+        lengths = {name: len(column) for name, column in columns.items() if column is not None}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"All columns of the {self.side} table need as many rows. Received: {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    @property
+    def names(self) -> np.ndarray:
+        """What to show of each entity, `(N,)` text: its name, or its id."""
+        name = self.name
+        return self.key.astype(str).astype(object) if name is None else name
+
+
+class _StoredTable(EntityTable):
+    """A table in files: also ids, names and moments are read when they are asked for."""
+
+    _keys: _File
+    _rows: int
+
+    def __init__(self, side: str, keys: _File, encoded: _File, raw: _File, rows: int) -> None:
+        for name, value in {"side": side, "encoded": encoded, "raw": raw, "_keys": keys, "_rows": rows}.items():
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def key(self) -> np.ndarray:
+        return self._keys["key"]
+
+    @property
+    def name(self) -> np.ndarray | None:
+        return self._keys.get("name")
+
+    @property
+    def time(self) -> np.ndarray | None:
+        return self._keys.get("time")
+
+
+class PreparedDataset:
+    """Everything that training, evaluation and export need of a declared dataset.
+
+    Args:
+        dataset: The declaration.
+        encoder: From raw to encoded columns.
+        fingerprint: What the source was.
+        users: One row per user state: profile and history at one moment.
+        items: One row per item; with statistics at a point in time, one per item and moment.
+        latest_users: One row per user, as known by now: after the last row of the log.
+        catalogue: Rows of `items` with the latest state of each item, `(M,)`, in the order of the keys.
+        user_row: Row of `users` of each interaction, `(n,)`.
+        item_row: Row of `items` of each interaction, `(n,)`.
+        split: Part of each interaction, `(n,)`: position in `mvke_tf.data.declaration.PARTS`.
+        labels: Label of each interaction per task, `{task: (n,)}`; 0 where there is none.
+        weights: Weight of each interaction per task, `{task: (n,)}`; 0 where it does not count.
+        time: Moment of each interaction, `(n,)`, in milliseconds since 1970; None if none is declared.
+        sampled: Which interactions are sampled negatives, `(n,)` bool; none by default.
+        offsets: Mean (transformed) label of the training part, per regression task.
+        folder: Where it has been loaded from.
+
+    Raises:
+        ValueError: If columns have different lengths, or rows or parts that do not exist.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: Dataset,
+        encoder: Encoder,
+        fingerprint: str,
+        users: EntityTable,
+        items: EntityTable,
+        latest_users: EntityTable,
+        catalogue: np.ndarray,
+        user_row: np.ndarray,
+        item_row: np.ndarray,
+        split: np.ndarray,
+        labels: Mapping[str, np.ndarray],
+        weights: Mapping[str, np.ndarray],
+        time: np.ndarray | None = None,
+        sampled: np.ndarray | None = None,
+        offsets: Mapping[str, float] | None = None,
+    ) -> None:
+        columns: dict[str, np.ndarray] = {
+            "user_row": np.asarray(user_row, np.int32),
+            "item_row": np.asarray(item_row, np.int32),
+            "split": np.asarray(split, np.int8),
+            "sampled": np.zeros(len(user_row), bool) if sampled is None else np.asarray(sampled, bool),
+        }
+        if time is not None:
+            columns["time"] = np.asarray(time, np.int64)
+        for kind, of_tasks in (("label", labels), ("weight", weights)):
+            if set(of_tasks) != set(dataset.task_names):
+                raise ValueError(
+                    f"Expected a {kind} column per task, {dataset.task_names}. Received: {sorted(of_tasks)}"
+                )
+            columns |= {_column(kind, task): np.asarray(of_tasks[task], np.float32) for task in dataset.task_names}
+        lengths = {name: len(column) for name, column in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"All columns of the interactions need as many rows. Received: {lengths}")
+        self._set(
+            dataset, encoder, fingerprint, (users, items, latest_users), catalogue, columns, dict(offsets or {}), None
+        )
+        for name, most in self._ranges().items():
+            if problem := _outside(columns[name], most):
+                raise ValueError(f"Column {name!r} of the interactions: {problem}")
+        if problem := _outside(self.catalogue, len(items)):
+            raise ValueError(f"The catalogue: {problem}")
+
+    def _set(
+        self,
+        dataset: Dataset,
+        encoder: Encoder,
+        fingerprint: str,
+        tables: tuple[EntityTable, EntityTable, EntityTable],
+        catalogue: np.ndarray,
+        columns: Mapping[str, np.ndarray],
+        offsets: dict[str, float],
+        folder: Path | None,
+    ) -> None:
+        self.dataset, self.encoder, self.fingerprint = dataset, encoder, fingerprint
+        self.users, self.items, self.latest_users = tables
+        self.catalogue = np.asarray(catalogue, np.int64)
+        self.offsets, self.folder = offsets, folder
+        self._columns = columns
+
+    def _ranges(self) -> dict[str, int]:
+        """Columns of the interactions that count something, and how much there is of it."""
+        return {"user_row": len(self.users), "item_row": len(self.items), "split": len(PARTS)}
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __repr__(self) -> str:
+        return (
+            f"<PreparedDataset {self.dataset.name}: {len(self):,} interactions of {len(self.users):,} user states "
+            f"and {len(self.items):,} items>"
+        )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """See `digest`."""
+        return digest(self.dataset, self.fingerprint)
+
+    @property
+    def has_users(self) -> bool:
+        """Whether users have ids; else each interaction has a user of its own."""
+        return self.dataset.keys.user is not None
+
+    @property
+    def has_items(self) -> bool:
+        """Whether items have ids: whether there is a catalogue."""
+        return self.dataset.keys.item is not None
+
+    @property
+    def user_row(self) -> np.ndarray:
+        """Row of `users` of each interaction, `(n,)` int32."""
+        return self._columns["user_row"]
+
+    @property
+    def item_row(self) -> np.ndarray:
+        """Row of `items` of each interaction, `(n,)` int32."""
+        return self._columns["item_row"]
+
+    @property
+    def split(self) -> np.ndarray:
+        """Part of each interaction, `(n,)` int8: position in `mvke_tf.data.declaration.PARTS`."""
+        return self._columns["split"]
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """Which interactions are sampled negatives, `(n,)` bool."""
+        return self._columns["sampled"]
+
+    @property
+    def time(self) -> np.ndarray | None:
+        """Moment of each interaction, `(n,)` int64 in milliseconds since 1970; None if none is declared."""
+        return self._columns.get("time")
+
+    def label(self, task: str) -> np.ndarray:
+        """Label of each interaction in a task, `(n,)` float32, transformed as the task says; 0 where there is none."""
+        return self._columns[_column("label", self._task(task).name)]
+
+    def weight(self, task: str) -> np.ndarray:
+        """Weight of each interaction in a task, `(n,)` float32; 0 where it does not count."""
+        return self._columns[_column("weight", self._task(task).name)]
+
+    def event(self, task: str) -> np.ndarray:
+        """In which interactions the event of a binary task happened, `(n,)` bool."""
+        return self.label(task) == 1
+
+    def _task(self, name: str) -> TaskDeclaration:
+        """The declared task of this name.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        names = self.dataset.task_names
+        if name not in names:
+            raise ConfigError(
+                f"{self.dataset.name} has no task {name!r}.{nearest(name, names)} Tasks: {', '.join(names)}"
+            )
+        return next(task for task in self.dataset.tasks if task.name == name)
+
+    def task_names(self, tasks: Sequence[str] = ()) -> tuple[str, ...]:
+        """Names of the tasks that a model of this data learns, in the order of the declaration.
+
+        Args:
+            tasks: Chosen tasks; by default those that are learned unless told otherwise.
+
+        Raises:
+            ConfigError: If there is no such task, or one is chosen twice.
+        """
+        tasks = tuple(tasks)
+        chosen = {self._task(name).name for name in tasks}
+        if len(chosen) < len(tasks):
+            raise ConfigError(f"Expected different tasks. Received: {', '.join(tasks)}")
+        return tuple(task.name for task in self.dataset.tasks if (task.name in chosen if tasks else task.default))
+
+    def _objective(self, task: TaskDeclaration, objective: str) -> str:
+        if objective not in ("", *OBJECTIVES):
+            raise ConfigError(
+                f"`objective` must be one of {', '.join(OBJECTIVES)}, or empty: as declared. Received: {objective!r}"
+            )
+        return objective if objective and task.given is not None else task.objective
+
+    def schema(self, tasks: Sequence[str] = (), objective: str = "") -> Schema:
+        """What a model of this data reads and predicts.
+
+        Args:
+            tasks: Chosen tasks; by default those that are learned unless told otherwise.
+            objective: How all tasks with `given` are learned, see `mvke_tf.schema.Task`; by default as declared. A task
+                whose `given` is not among the tasks is learned as one probability.
+
+        Raises:
+            ConfigError: If there is no such task or objective, or a task is chosen twice.
+        """
+        names = self.task_names(tasks)
+        declared = [task for task in self.dataset.tasks if task.name in names]
+        return Schema(
+            self.encoder.schema_features(),
+            tuple(
+                Task(
+                    task.name,
+                    task.kind,
+                    given=task.given if task.given in names else None,
+                    objective=self._objective(task, objective),
+                    offset=self.offsets.get(task.name, 0.0),
+                    domain=task.domain,
+                    transform=task.transform,
+                )
+                for task in declared
+            ),
+        )
+
+    def part_rows(self, part: str) -> np.ndarray:
+        """Positions of the interactions of one part.
+
+        Raises:
+            ConfigError: If there is no such part.
+        """
+        if part not in PARTS:
+            raise ConfigError(f"The parts of the data are {', '.join(PARTS)}. Received: {part!r}")
+        return np.flatnonzero(self.split == PARTS.index(part))
+
+    def part(self, part: str, tasks: Sequence[str] = (), objective: str = "") -> Interactions:
+        """The interactions of one part, ready for `mvke_tf.data.batches.Batches`.
+
+        Where a task with `given` is learned on the rows of that event only (objective `"conditional"`), all other rows
+        get weight 0.
+
+        Args:
+            part: `"train"`, `"validation"` or `"test"`.
+            tasks: See `schema`.
+            objective: See `schema`.
+
+        Raises:
+            ConfigError: If there is no such part, task or objective.
+        """
+        rows = self.part_rows(part)
+        weights = {}
+        for name in self.task_names(tasks):
+            task, weight = self._task(name), self.weight(name)[rows]
+            if task.given is not None and self._objective(task, objective) == "conditional":
+                weight = weight * self.event(task.given)[rows]
+            if (weight != 1).any():
+                weights[name] = weight
+        return Interactions(
+            self.users.encoded,
+            self.items.encoded,
+            self.user_row[rows],
+            self.item_row[rows],
+            {name: self.label(name)[rows] for name in self.task_names(tasks)},
+            weights,
+        )
+
+    def known(self, side: str) -> np.ndarray:
+        """Per row of `users` or `items`, whether its key occurs in a training row that was not sampled: `(N,)` bool.
+
+        Args:
+            side: `"user"` or `"item"`.
+        """
+        table, rows = {"user": (self.users, self.user_row), "item": (self.items, self.item_row)}[side]
+        training = (self.split == PARTS.index("train")) & ~self.sampled
+        _, number = np.unique(table.key, return_inverse=True)
+        occurs = np.zeros(len(table), bool)
+        occurs[number[np.unique(rows[training])]] = True
+        return occurs[number]
+
+    def sample(self, share: float, seed: int = 0) -> PreparedDataset:
+        """The same users and items with a random share of the interactions, in memory: for a first look.
+
+        Args:
+            share: In (0, 1]; rounded to whole interactions, at least one.
+            seed: Seed of the draw.
+
+        Raises:
+            ValueError: If the share is none.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"`share` must lie in (0, 1]. Received: {share}")
+        count = max(1, round(share * len(self)))
+        rows = np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
+        some = PreparedDataset.__new__(PreparedDataset)
+        some._set(
+            self.dataset,
+            self.encoder,
+            f"{self.fingerprint}, {count} rows of seed {seed}",
+            (self.users, self.items, self.latest_users),
+            self.catalogue,
+            {name: self._columns[name][rows] for name in self._columns},
+            self.offsets,
+            None,
+        )
+        return some
+
+    def save(self, folder: Path) -> None:
+        """Writes a folder, which `load` reads; one that exists is replaced when everything is written."""
+        folder = Path(folder)
+        with atomic_write(folder) as temporary:
+            temporary.mkdir()
+            lengths = {}
+            for name in TABLES:
+                table = getattr(self, name)
+                (temporary / name).mkdir()
+                keys = {"key": table.key, "name": table.name, "time": table.time}
+                keys = {what: _flat(column) for what, column in keys.items() if column is not None}
+                _write(temporary / name / "keys.parquet", keys, len(table))
+                encoded = {column: _fixed(values) for column, values in table.encoded.items()}
+                _write(temporary / name / "encoded.parquet", encoded, len(table))
+                raw: dict[str, pa.Array] = {}
+                for feature in self.encoder.of_tower(table.side):
+                    lengths[f"{name}/{feature.name}"] = _add_raw(raw, feature, table.raw)
+                _write(temporary / name / "raw.parquet", raw, len(table))
+            _write(temporary / "catalogue.parquet", {"item_row": pa.array(self.catalogue)}, len(self.catalogue))
+            columns = {name: pa.array(column) for name, column in self._columns.items()}
+            _write(temporary / "interactions.parquet", columns, len(self))
+            (temporary / ENCODER).write_text(json.dumps(self.encoder.to_dict()), encoding="utf-8")
+            manifest = {
+                "format": FORMAT,
+                "digest": self.digest,
+                "fingerprint": self.fingerprint,
+                "name": self.dataset.name,
+                "folder": _relative(self.dataset.folder, folder),
+                "dataset": self.dataset.to_dict(),
+                "rows": {
+                    **{name: len(getattr(self, name)) for name in TABLES},
+                    "catalogue": len(self.catalogue),
+                    "interactions": len(self),
+                },
+                "list_lengths": {name: length for name, length in lengths.items() if length is not None},
+                "offsets": self.offsets,
+                "files": {
+                    path.relative_to(temporary).as_posix(): _stamp(path)
+                    for path in sorted(temporary.rglob("*.*"))
+                    if path.is_file()
+                },
+            }
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> PreparedDataset:
+        """Reads what `save` wrote. Columns are read when they are asked for.
+
+        Raises:
+            DataError: If the folder is missing, damaged or of another format; names the file, and says what to do.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise DataError(f"There is no prepared dataset in {folder}. Run `mvke prepare --data ...`.")
+        manifest = _read_manifest(folder)
+        for name, (size, checksum) in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                raise DataError(f"{path} is missing. {REMEDY}")
+            found = _stamp(path)
+            if found[0] != size:
+                raise DataError(f"{path} is damaged: {found[0]} bytes instead of {size}. {REMEDY}")
+            if found[1] != checksum:
+                raise DataError(f"{path} is damaged: its checksum is not that of the manifest. {REMEDY}")
+        try:
+            of_declaration = Path(os.path.normpath(folder / manifest["folder"]))
+            dataset = Dataset.from_dict(manifest["dataset"], of_declaration, manifest["name"])
+        except DeclarationError as error:
+            raise DataError(f"{folder / MANIFEST} is damaged: {error} {REMEDY}") from error
+        if digest(dataset, manifest["fingerprint"]) != manifest["digest"]:
+            raise DataError(f"{folder / MANIFEST} is damaged: its digest is not that of its declaration. {REMEDY}")
+        try:
+            size, _ = manifest["files"][ENCODER]
+            encoder = Encoder.from_dict(read_json(folder / ENCODER, most_bytes=size))
+        except DataError as error:
+            raise DataError(f"{folder / ENCODER} is damaged: {error} {REMEDY}") from error
+        offsets = manifest["offsets"]
+        wrong = [name for name in offsets if name not in dataset.task_names]
+        if wrong:
+            raise DataError(f"{folder / MANIFEST} is damaged: offsets of unknown tasks {wrong}. {REMEDY}")
+
+        rows = manifest["rows"]
+        users, items, latest_users = (
+            _load_table(folder, name, rows[name], encoder, manifest["list_lengths"]) for name in TABLES
+        )
+        row_ranges = {"user_row": rows["users"], "item_row": rows["items"], "split": len(PARTS)}
+        expected = {"user_row": pa.int32(), "item_row": pa.int32(), "split": pa.int8(), "sampled": pa.bool_()}
+        expected |= {_column(kind, task): pa.float32() for kind in ("label", "weight") for task in dataset.task_names}
+        if dataset.source.time is not None:
+            expected["time"] = pa.int64()
+        interactions = _File(
+            folder / "interactions.parquet", rows["interactions"], expected, _to_flat, ranges=row_ranges
+        )
+        catalogue = _File(
+            folder / "catalogue.parquet",
+            rows["catalogue"],
+            {"item_row": pa.int64()},
+            _to_flat,
+            ranges={"item_row": rows["items"]},
+        )
+        prepared = cls.__new__(cls)
+        prepared._set(
+            dataset,
+            encoder,
+            manifest["fingerprint"],
+            (users, items, latest_users),
+            catalogue["item_row"],
+            interactions,
+            {name: float(value) for name, value in offsets.items()},
+            folder,
+        )
+        return prepared
+
+
+def _column(kind: str, task: str) -> str:
+    return f"{kind}:{task}"
+
+
+def _outside(values: np.ndarray, most: int) -> str | None:
+    """What is wrong where values are not in [0, most)."""
+    if len(values) and not 0 <= values.min() <= values.max() < most:
+        return f"expected values from 0 to {most - 1}. Received: from {values.min()} to {values.max()}"
+    return None
+
+
+def _relative(path: Path, start: Path) -> str:
+    """Path of the declaration's folder from the prepared folder, so that both may move together."""
+    try:
+        return Path(os.path.relpath(path, start)).as_posix()
+    except ValueError:
+        # Another drive on Windows.
+        return Path(path).as_posix()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = read_json(path)
+    except DataError as error:
+        raise DataError(f"{error} {REMEDY}") from error
+    if not isinstance(manifest, dict):
+        raise DataError(f"{path} is damaged: it is no object. {REMEDY}")
+    if manifest.get("format") != FORMAT:
+        raise DataError(f"{path} has format {manifest.get('format')!r}, expected {FORMAT}. {REMEDY}")
+    number = (int, float)
+    kinds: dict[str, Any] = {"digest": str, "fingerprint": str, "name": str, "folder": str, "dataset": dict}
+    counts: dict[str, Any] = {"rows": int, "list_lengths": int, "offsets": number, "files": list}
+    for key, kind in (kinds | dict.fromkeys(counts, dict)).items():
+        if not isinstance(manifest.get(key), kind):
+            raise DataError(f"{path} is damaged: {key!r} is {_shown(manifest.get(key))}. {REMEDY}")
+    for key, kind in counts.items():
+        for name, value in manifest[key].items():
+            if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+                raise DataError(f"{path} is damaged: {key!r} of {name!r} is {_shown(value)}. {REMEDY}")
+    for name, stamp in manifest["files"].items():
+        if [type(entry) for entry in stamp] != [int, str]:
+            raise DataError(f"{path} is damaged: 'files' of {name!r} is {_shown(stamp)}. {REMEDY}")
+    tables = {*TABLES, "catalogue", "interactions"}
+    files = {f"{table}/{name}.parquet" for table in TABLES for name in ("keys", "encoded", "raw")}
+    files |= {"catalogue.parquet", "interactions.parquet", ENCODER}
+    for key, expected in (("rows", tables), ("files", files)):
+        if set(manifest[key]) != expected:
+            raise DataError(f"{path} is damaged: {key!r} has {sorted(manifest[key])}, not {sorted(expected)}. {REMEDY}")
+    return manifest
+
+
+def _stamp(path: Path) -> list[Any]:
+    """Size and checksum of a file; of Parquet only of the end, which describes it: each page has its own checksum."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if path.suffix == ".parquet":
+            file.seek(max(0, size - 8))
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(max(0, size - 8 - length))
+        return [size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _shown(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def _load_table(folder: Path, name: str, rows: int, encoder: Encoder, lengths: Mapping[str, int]) -> EntityTable:
+    side, path = SIDES[name], folder / name
+    keys = _File(path / "keys.parquet", rows, None, _to_flat)
+    if "key" not in keys or not set(keys) <= {"key", "name", "time"}:
+        raise DataError(f"{path / 'keys.parquet'} is damaged: its columns are {list(keys)}. {REMEDY}")
+    encoded: dict[str, pa.DataType] = {}
+    for of_model in encoder.schema_features():
+        if of_model.tower == side:
+            if of_model.is_dense:
+                encoded[of_model.name] = pa.list_(pa.float32(), of_model.width)
+            elif of_model.length == 1:
+                encoded[of_model.name] = pa.int32()
+            else:
+                encoded[of_model.name] = pa.list_(pa.int32(), of_model.length)
+                encoded[of_model.name + WEIGHTS_SUFFIX] = pa.list_(pa.float32(), of_model.length)
+    raw: dict[str, pa.DataType] = {}
+    readers: dict[str, Callable[[pa.Array], np.ndarray]] = {}
+    for column, (_, _, feature) in encoder.raw_inputs(side).items():
+        weights = column != feature.name
+        kind = pa.float32() if weights else _ARROW_TYPES[feature.raw]
+        if feature.raw == "vector":
+            raw[column] = pa.list_(kind, feature.width)
+        elif feature.is_list:
+            raw[column] = pa.large_list(kind)
+            length = lengths.get(f"{name}/{feature.name}")
+            if length is None:
+                raise DataError(f"{folder / MANIFEST} is damaged: no list length of {name}/{feature.name}. {REMEDY}")
+            fill = 0.0 if weights else RAW_UNKNOWN[feature.raw]
+            dtype = np.float32 if weights else NUMPY_DTYPES[feature.raw]
+            readers[column] = functools.partial(_to_padded, length=length, fill=fill, dtype=dtype)
+        else:
+            raw[column] = kind
+    return _StoredTable(
+        side,
+        keys,
+        _File(path / "encoded.parquet", rows, encoded, _to_flat),
+        _File(path / "raw.parquet", rows, raw, _to_flat, readers),
+        rows,
+    )
+
+
+_ARROW_TYPES = {
+    "string": pa.large_string(),
+    "integer": pa.int64(),
+    "number": pa.float32(),
+    "vector": pa.float32(),
+}
+
+
+class _File(Mapping[str, np.ndarray]):
+    """Columns of a Parquet file, each read, checked and kept when it is first asked for.
+
+    Args:
+        path: The file.
+        rows: Rows that it must have.
+        types: Types of its columns; any if None.
+        read: How a column becomes an array, unless `readers` has another way for it.
+        readers: See `read`.
+        ranges: Columns whose values must be from 0 to below a number.
+
+    Raises:
+        DataError: If the file is not what it must be.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rows: int,
+        types: Mapping[str, pa.DataType] | None,
+        read: Callable[[pa.Array], np.ndarray],
+        readers: Mapping[str, Callable[[pa.Array], np.ndarray]] | None = None,
+        ranges: Mapping[str, int] | None = None,
+    ) -> None:
+        self._path, self._rows, self._read, self._readers = path, rows, read, dict(readers or {})
+        self._ranges = dict(ranges or {})
+        self._columns: dict[str, np.ndarray] = {}
+        try:
+            schema, metadata = pq.read_schema(path), pq.read_metadata(path)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise self._damaged(error) from error
+        if metadata.num_rows != rows:
+            raise self._damaged(f"{metadata.num_rows} rows instead of {rows}")
+        self._names = [name for name in schema.names if name != _NO_COLUMN]
+        if types is not None:
+            found = {name: schema.field(name).type for name in self._names}
+            if set(found) != set(types):
+                raise self._damaged(f"columns {sorted(found)} instead of {sorted(types)}")
+            for name, kind in types.items():
+                if not _same_type(found[name], kind):
+                    raise self._damaged(f"column {name!r} is {found[name]}, not {kind}")
+            self._names = list(types)
+        for name, most in self._ranges.items():
+            self._check_statistics(metadata, schema.names.index(name), name, most)
+
+    def _damaged(self, what: object) -> DataError:
+        return DataError(f"{self._path} is damaged: {' '.join(str(what).split())}. {REMEDY}")
+
+    def _check_statistics(self, metadata: pq.FileMetaData, column: int, name: str, most: int) -> None:
+        """Raises where the file's own statistics show values out of range; reading the column checks it again."""
+        for group in range(metadata.num_row_groups):
+            statistics = metadata.row_group(group).column(column).statistics
+            if statistics is not None and statistics.has_min_max:
+                ends = np.array([statistics.min, statistics.max])
+                if problem := _outside(ends, most):
+                    raise self._damaged(f"column {name!r}: {problem}")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._columns:
+            if name not in self._names:
+                raise KeyError(name)
+            try:
+                # Checksums of pages show what was changed, or went bad, since they were written.
+                with pq.ParquetFile(self._path, memory_map=True, page_checksum_verification=True) as file:
+                    column = file.read(columns=[name]).column(name)
+                nulls = column.null_count
+                array = column.combine_chunks()
+                if isinstance(array, pa.ChunkedArray):
+                    array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+                values = None if nulls else self._readers.get(name, self._read)(array)
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise self._damaged(error) from error
+            except _ShapeError as error:
+                raise self._damaged(f"column {name!r}: {error}") from error
+            if values is None:
+                raise self._damaged(f"column {name!r} has {nulls} null values")
+            if len(values) != self._rows:
+                raise self._damaged(f"column {name!r} has {len(values)} rows instead of {self._rows}")
+            if name in self._ranges and (problem := _outside(values, self._ranges[name])):
+                raise self._damaged(f"column {name!r}: {problem}")
+            values.flags.writeable = False
+            self._columns[name] = values
+        return self._columns[name]
+
+    def __contains__(self, name: object) -> bool:
+        # Not by reading it, as `Mapping` does.
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _ShapeError(Exception):
+    """A stored list that is longer than it may be."""
+
+
+# The only column of a file that has none, of a side without raw features: rows need a column.
+_NO_COLUMN = "__none__"
+
+
+def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether two types are equal but for the names of list entries."""
+    if pa.types.is_fixed_size_list(expected):
+        return (
+            pa.types.is_fixed_size_list(found)
+            and found.list_size == expected.list_size
+            and found.value_type == expected.value_type
+        )
+    if pa.types.is_large_list(expected):
+        return pa.types.is_large_list(found) and found.value_type == expected.value_type
+    return found == expected
+
+
+def _write(path: Path, columns: dict[str, pa.Array], rows: int) -> None:
+    columns = columns or {_NO_COLUMN: pa.array(np.zeros(rows, np.int8))}
+    pq.write_table(pa.table(columns), path, compression="zstd", write_page_checksum=True)
+
+
+def _flat(values: np.ndarray) -> pa.Array:
+    values = np.asarray(values)
+    return pa.array(values.tolist(), pa.large_string()) if values.dtype.kind in "OU" else pa.array(values)
+
+
+def _fixed(values: np.ndarray) -> pa.Array:
+    """`(n,)` as it is, `(n, L)` as lists of fixed size."""
+    values = np.ascontiguousarray(values)
+    if values.ndim == 1:
+        return pa.array(values)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+
+def _add_raw(columns: dict[str, pa.Array], feature: EncodedFeature, raw: Mapping[str, np.ndarray]) -> int | None:
+    """Adds the raw columns of a feature; returns the slots of a list."""
+    if feature.constant:
+        return None
+    values = np.asarray(raw[feature.name])
+    if not feature.is_list:
+        columns[feature.name] = _fixed(values) if feature.raw == "vector" else _flat(values)
+        return None
+    weights = np.asarray(raw[feature.name + WEIGHTS_SUFFIX], np.float32)
+    filled = weights != 0
+    offsets = pa.array(np.concatenate([[0], np.cumsum(filled.sum(axis=1))]), pa.int64())
+    columns[feature.name] = pa.LargeListArray.from_arrays(
+        offsets, _flat(values[filled]).cast(_ARROW_TYPES[feature.raw])
+    )
+    columns[feature.name + WEIGHTS_SUFFIX] = pa.LargeListArray.from_arrays(offsets, pa.array(weights[filled]))
+    return values.shape[1]
+
+
+def _to_flat(array: pa.Array) -> np.ndarray:
+    """A column of values or of lists of fixed size."""
+    kind = array.type
+    if pa.types.is_fixed_size_list(kind):
+        return _to_flat(array.flatten()).reshape(-1, kind.list_size)
+    if pa.types.is_large_string(kind) or pa.types.is_string(kind):
+        # Equal texts become one object.
+        coded = array.dictionary_encode()
+        words = coded.dictionary.to_numpy(zero_copy_only=False).astype(object)
+        return words[coded.indices.to_numpy()]
+    return array.to_numpy(zero_copy_only=False)
+
+
+def _to_padded(array: pa.Array, length: int, fill: Any, dtype: Any) -> np.ndarray:
+    """A column of lists as `(n, length)`."""
+    sizes = np.diff(array.offsets.to_numpy())
+    if len(sizes) and sizes.max() > length:
+        raise _ShapeError(f"a list of {sizes.max()} values where at most {length} are expected")
+    padded = np.full((len(array), length), fill, dtype)
+    padded[np.arange(length) < sizes[:, None]] = _to_flat(array.flatten())
+    return padded

@@ -1,0 +1,221 @@
+"""The report of a run: metrics per task and kind of user, by group, and pictures.
+
+A report is `{split: {task: {metric: value}}}`. The split of a part is its name (`"test"`). Where users have ids, the
+rows of users that training knows and of users it has never seen stand apart as `"test_warm_users"` and
+`"test_cold_users"`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mvke_tf.data.groups import groups
+from mvke_tf.data.store import PreparedDataset
+from mvke_tf.errors import ConfigError, RunError
+from mvke_tf.evaluation.groups import group_metrics, groups_figure
+from mvke_tf.evaluation.outcomes import Outcome, outcomes, part_rows
+from mvke_tf.figures import calibration_figure, regression_figure, roc_figure, save_figure
+from mvke_tf.inference.predictions import predict
+from mvke_tf.inference.vectors import TILE_ROWS
+from mvke_tf.io import atomic_write, csv_safe, read_json, write_json
+from mvke_tf.metrics import auc, binary_metrics, defined, regression_metrics
+from mvke_tf.models import TwoTowerModel
+from mvke_tf.run import Run
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, float | int | None]
+Report = dict[str, dict[str, Metrics]]
+
+_USERS = {"all": "{part}", "warm": "{part}_warm_users", "cold": "{part}_cold_users"}
+_COLUMNS = (
+    *("rows", "positives", "auc", "auc_given", "gauc", "accuracy", "log_loss", "calibration_error"),
+    *("mse", "rmse", "mae"),
+)
+
+
+def evaluate_model(model: TwoTowerModel, prepared: PreparedDataset, part: str, batch_size: int = TILE_ROWS) -> Report:
+    """Metrics of a model on one part of the data.
+
+    Args:
+        model: A two-tower model of tasks of `prepared`.
+        prepared: The data.
+        part: `"train"`, `"validation"` or `"test"`.
+        batch_size: Rows per step; without influence on the result, but for its last digits.
+
+    Returns:
+        The split `part`, and where users have ids `part_warm_users` and `part_cold_users`, each with the metrics of
+        `mvke_tf.metrics.binary_metrics` or `regression_metrics` per task, in the unit of the label, over the rows that
+        count for it. `gauc` is among them where users have ids. Tasks that are declared with `given` also have
+        `auc_given`, the AUC over the rows with that event: of the probability given the event, where the model has one.
+
+    Raises:
+        ConfigError: If there is no such part, or a task of the model is not declared.
+        DataError: If the part has no rows.
+    """
+    return _report(_evaluate(model, prepared, part, batch_size), prepared, part)
+
+
+def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS) -> Report:
+    """Evaluates the best checkpoint of a run, and writes its report, metrics by group, and pictures.
+
+    Splits of other parts that are in the report already stay. The pictures are `<part>_roc.png` and
+    `<part>_calibration.png` of the binary tasks, `<part>_regression.png` of the others, and for each variable by which
+    the declaration groups users or items `<part>_groups_<variable>.png`; `<part>_groups.csv` has the numbers.
+
+    Args:
+        run: The run.
+        part: `"train"`, `"validation"` or `"test"`.
+        batch_size: Rows per step; without influence on the result, but for its last digits.
+
+    Returns:
+        The whole report, as in `run.report_file`.
+
+    Raises:
+        ConfigError: If there is no such part.
+        DataError: If the data are damaged, or the part has no rows.
+        RunError: If the run has no checkpoint or no data, or its present report is damaged.
+    """
+    merged = _read_report(run.report_file)
+    prepared = run.prepared
+    rows = len(part_rows(prepared, part))
+    model = run.load_model()
+    logger.info("Evaluating %s on %s rows of the %s part ...", run.checkpoint, f"{rows:,}", part)
+    found = _evaluate(model, prepared, part, batch_size)
+    merged |= _report(found, prepared, part)
+    groupings = groups(prepared)
+    by_group = group_metrics(found, groupings, prepared, part)
+    figures = _figures(found, part)
+    for grouping in groupings:
+        if grouping.variable in set(by_group["variable"]):
+            figures[f"groups_{grouping.variable}"] = groups_figure(by_group, grouping, model.kinds, part)
+    for name, figure in figures.items():
+        save_figure(figure, run.figures / f"{part}_{name}.png")
+    with atomic_write(run.folder / f"{part}_groups.csv") as temporary:
+        by_group.map(csv_safe).to_csv(temporary, index=False, float_format="%.8g")
+    write_json(run.report_file, merged)
+    return merged
+
+
+def measure(
+    predicted: Mapping[str, np.ndarray],
+    conditional: Mapping[str, np.ndarray],
+    kinds: Mapping[str, str],
+    prepared: PreparedDataset,
+    part: str,
+) -> Report:
+    """The report on one part from what was predicted for its rows, whoever predicted it; arguments as in `outcomes`.
+
+    Returns:
+        As `evaluate_model`.
+    """
+    return _report(outcomes(predicted, conditional, kinds, prepared, part), prepared, part)
+
+
+def _evaluate(model: TwoTowerModel, prepared: PreparedDataset, part: str, batch_size: int) -> tuple[Outcome, ...]:
+    part_rows(prepared, part)
+    predictions = predict(model, prepared.part(part, model.task_names), batch_size)
+    return outcomes(predictions.values, predictions.conditional, model.kinds, prepared, part)
+
+
+def _report(found: Sequence[Outcome], prepared: PreparedDataset, part: str) -> Report:
+    users = prepared.user_row[prepared.part_rows(part)]
+    kinds_of_users = {"all": np.ones(len(users), bool)}
+    ids = None
+    if prepared.has_users:
+        ids, warm = prepared.users.key[users], prepared.known("user")[users]
+        kinds_of_users |= {"warm": warm, "cold": ~warm}
+    return {
+        _USERS[kind].format(part=part): {outcome.task: _metrics(outcome, chosen, ids) for outcome in found}
+        for kind, chosen in kinds_of_users.items()
+    }
+
+
+def _metrics(outcome: Outcome, chosen: np.ndarray, users: np.ndarray | None) -> Metrics:
+    rows = chosen & outcome.counts
+    if outcome.kind == "regression":
+        return regression_metrics(outcome.labels[rows], outcome.values[rows])
+    metrics = binary_metrics(outcome.labels[rows], outcome.values[rows], None if users is None else users[rows])
+    if outcome.given is not None:
+        rows = chosen & outcome.given.rows
+        metrics["auc_given"] = defined(auc(outcome.labels[rows], outcome.given.values[rows]))
+    return metrics
+
+
+def _figures(found: Sequence[Outcome], part: str) -> dict[str, Figure]:
+    """Pictures of one part by name: ROC and calibration of binary tasks; regression."""
+    curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {"binary": {}, "given": {}, "regression": {}}
+    for outcome in found:
+        rows = outcome.counts
+        if rows.any():
+            curves[outcome.kind][outcome.task] = outcome.labels[rows], outcome.values[rows]
+        if outcome.given is not None and outcome.given.rows.any():
+            rows = outcome.given.rows
+            curves["given"][f"{outcome.task} given {outcome.given.task}"] = (
+                outcome.labels[rows],
+                outcome.given.values[rows],
+            )
+    pictures = {}
+    if curves["binary"]:
+        pictures["roc"] = roc_figure(curves["binary"] | curves["given"], part)
+        pictures["calibration"] = calibration_figure(curves["binary"], part)
+    if curves["regression"]:
+        pictures["regression"] = regression_figure(curves["regression"], part)
+    return pictures
+
+
+def results_table(report: Report, part: str) -> str:
+    """The results on one part as a plain-text table: per task, for all, for known and for new users.
+
+    Args:
+        report: As `evaluate_run` returns it.
+        part: Its part.
+
+    Raises:
+        ConfigError: If the report does not have the part.
+    """
+    if part not in report:
+        raise ConfigError(f"The report has no split {part!r}. It has: {sorted(report)}")
+    splits = {
+        users: report[split] for users, pattern in _USERS.items() if (split := pattern.format(part=part)) in report
+    }
+    columns = [name for name in _COLUMNS if any(name in metrics for metrics in report[part].values())]
+    names = ["task", "users"] if len(splits) > 1 else ["task"]
+    cells = [[*names, *(name.replace("_", " ") for name in columns)]]
+    for task in report[part]:
+        for users, tasks in splits.items():
+            if task in tasks:
+                cells.append([*[task, users][: len(names)], *(cell(tasks[task].get(name)) for name in columns)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            text.ljust(width) if column < len(names) else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def cell(value: float | int | None) -> str:
+    """A metric as text of a table: four decimals, `-` for one that is not defined."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _read_report(path: Path) -> Report:
+    if not path.is_file():
+        return {}
+    try:
+        report = read_json(path, RunError)
+    except RunError as error:
+        raise RunError(f"{error} Delete it and evaluate again.") from error
+    if not isinstance(report, dict) or not all(isinstance(tasks, dict) for tasks in report.values()):
+        raise RunError(f"{path} is no report {{split: {{task: {{metric: value}}}}}}. Delete it and evaluate again.")
+    return report

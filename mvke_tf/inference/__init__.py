@@ -1,0 +1,1 @@
+"""Models on data outside training: vectors, predictions, gates, exact top-k, vector index."""

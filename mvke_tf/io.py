@@ -1,0 +1,159 @@
+"""Files that are written atomically, and what reading a damaged one raises. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mvke_tf.errors import DataError, MvkeError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Prefix of the hidden folders that hold a file while it is written; the number of the process follows.
+TEMPORARY = ".writing-"
+# Far more than any settings, and little enough to be read at once.
+MOST_JSON_BYTES = 2**26
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path`, with the same ending, that is renamed to it when the block ends well.
+
+    Works for a file and for a folder; what exists is replaced, a folder with all that is in it. After an error, or an
+    interruption, the target is as it was, and nothing temporary is left (only a killed process leaves its hidden
+    temporary folder). Contents are on the disk before the new name is.
+
+    Args:
+        path: The target.
+        replace: Whether a folder that exists is replaced.
+
+    Raises:
+        OSError: If the target cannot be written, or is a folder that is not to be replaced and not empty.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-", dir=path.parent))
+    try:
+        temporary = folder / path.name
+        yield temporary
+        _sync(temporary)
+        if replace and temporary.is_dir() and path.is_dir():
+            # No folder can be renamed onto one with files. The earlier one steps aside, and back if the rename fails.
+            earlier = folder / "earlier"
+            os.replace(path, earlier)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(earlier, path)
+                raise
+        else:
+            os.replace(temporary, path)
+        _sync_entry(path.parent)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _sync(path: Path) -> None:
+    for entry in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        _sync_entry(entry)
+
+
+def _sync_entry(path: Path) -> None:
+    if os.name == "nt":
+        # Windows syncs neither folders nor files that are open for reading.
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# What reading a damaged file of ours raises, from the zip archive down to the JSON in it.
+CORRUPT_FILE_ERRORS = (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an `.npz` file.
+
+    Raises:
+        Exception: One of `CORRUPT_FILE_ERRORS`, if the file is missing or damaged.
+    """
+    import numpy as np
+
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+# With these a spreadsheet begins a formula.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def csv_safe(cell: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet runs: a text that begins like a formula gets an apostrophe before it."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA_STARTS) else cell
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes readable JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, error: type[MvkeError] = DataError, most_bytes: int | None = MOST_JSON_BYTES) -> Any:
+    """The contents of a JSON file.
+
+    Args:
+        path: The file.
+        error: What is raised if it cannot be read.
+        most_bytes: Size of the largest file that is read, 64 MiB by default; None for any.
+
+    Raises:
+        MvkeError: Of the class `error`, if the file is missing, too large, nested too deeply, or no JSON.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        text = path.read_text(encoding="utf-8") if most_bytes is None or size <= most_bytes else None
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror or reason}") from reason
+    except UnicodeDecodeError as reason:
+        raise error(f"{path} is no text in UTF-8: {reason}") from reason
+    if text is None:
+        raise error(f"{path} is too large: {size:,} bytes. Expected: at most {most_bytes:,}")
+    try:
+        return json.loads(text)
+    except RecursionError as reason:
+        raise error(f"{path} is no JSON that can be read: it is nested too deeply.") from reason
+    except ValueError as reason:
+        raise error(f"{path} is no valid JSON: {reason}") from reason
+
+
+def remove_temporary(folder: Path) -> None:
+    """Deletes what processes of this host that no longer exist left half-written directly in `folder`."""
+    for path in Path(folder).glob(f"{TEMPORARY}*"):
+        pid = path.name.removeprefix(TEMPORARY).split("-")[0]
+        if pid.isdecimal() and not _exists(int(pid)):
+            shutil.rmtree(path)
+
+
+def _exists(pid: int) -> bool:
+    """Whether a process of this number runs on this host; on Windows, where asking is not free, always true."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,193 @@
+"""The scoring heads that every two-tower model shares: from user and item vectors to logits and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from mvke_tf.schema import TRANSFORMS
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class RowDot(keras.layers.Layer):
+    """The inner product of each user vector with the item vector of the same row: the logit of a binary task.
+
+    Call arguments:
+        user: User vectors `(B, W)`.
+        item: Item vectors `(B, W)`.
+
+    Returns:
+        Logits `(B, 1)`, in nats.
+
+    Raises:
+        ValueError: If the widths differ.
+
+    Example:
+
+    >>> RowDot()(np.ones((2, 3)), np.ones((2, 3)))
+    <tf.Tensor: shape=(2, 1), dtype=float32, numpy=
+    array([[3.],
+           [3.]], dtype=float32)>
+    """
+
+    kind = "binary"
+
+    def build(self, user_shape, item_shape) -> None:
+        if user_shape[-1] != item_shape[-1]:
+            raise ValueError(
+                f"{self.name}: user and item vectors need the same width. "
+                f"Received: {tuple(user_shape)} and {tuple(item_shape)}"
+            )
+        super().build(user_shape)
+
+    def call(self, user, item):
+        return ops.sum(user * item, axis=-1, keepdims=True)
+
+    def from_product(self, product):
+        """The output for an inner product, elementwise: what exact scoring of all pairs by one matrix product needs."""
+        return product
+
+    def prediction(self, output):
+        """The probability for an output, elementwise."""
+        return ops.sigmoid(output)
+
+    def compute_output_shape(self, user_shape, item_shape):
+        return (user_shape[0], 1)
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class RegressionHead(RowDot):
+    """The value of a regression task: the inner product of user and item vector plus a constant.
+
+    Args:
+        offset: The constant, for example the mean label.
+        transform: None, or `"log1p"` if the labels in training are log(1 + label); outputs are on that scale too, and
+            `prediction` undoes it.
+
+    Call arguments:
+        user: User vectors `(B, W)`.
+        item: Item vectors `(B, W)`.
+
+    Returns:
+        Values `(B, 1)`, in the (transformed) unit of the label.
+
+    Raises:
+        ValueError: If the widths differ, or `transform` is unknown.
+
+    Example:
+
+    >>> head = RegressionHead(offset=3.5)
+    >>> head(np.zeros((1, 3)), np.ones((1, 3)))
+    <tf.Tensor: shape=(1, 1), dtype=float32, numpy=array([[3.5]], dtype=float32)>
+    >>> round(float(RegressionHead(transform="log1p").prediction(np.log(8.0))), 4)
+    7.0
+    """
+
+    kind = "regression"
+
+    def __init__(self, offset: float = 0.0, transform: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if transform not in (None, *TRANSFORMS):
+            raise ValueError(f"`transform` must be None or one of {TRANSFORMS}. Received: {transform!r}")
+        self.offset = float(offset)
+        self.transform = transform
+
+    def call(self, user, item):
+        return self.from_product(super().call(user, item))
+
+    def from_product(self, product):
+        return product + self.offset
+
+    def prediction(self, output):
+        """The value for an output, elementwise, in the unit of the label."""
+        return output if self.transform is None else ops.expm1(output)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "offset": self.offset, "transform": self.transform}
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class JointLogit(keras.layers.Layer):
+    """The logit of two events in a row: `logit(p(first) p(second given first))`, elementwise and without overflow.
+
+    Args:
+        given: Name of the task of the first event. Like `objective`, it is not read by `call`: a model keeps it here.
+        objective: `"joint"` if training compares this logit with the labels of all rows, `"conditional"` if it compares
+            the logit of the second event given the first, on the rows with the first event.
+
+    Call arguments:
+        first: Logits of the first event, of any shape.
+        second: Logits of the second event given the first, of the same shape.
+
+    Returns:
+        Logits of both events, of that shape.
+
+    Raises:
+        ValueError: If `objective` is something else.
+
+    Example:
+
+    >>> joint = JointLogit("click")(np.zeros((1, 1)), np.zeros((1, 1)))
+    >>> round(float(joint[0, 0]), 4)  # ln(0.25 / 0.75)
+    -1.0986
+
+    Reference: Ma et al., SIGIR 2018, equation 2 (ESMM).
+    """
+
+    kind = "binary"
+
+    def __init__(self, given: str, objective: str = "joint", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if objective not in ("joint", "conditional"):
+            raise ValueError(f"`objective` must be 'joint' or 'conditional'. Received: {objective!r}")
+        self.given = given
+        self.objective = objective
+
+    def build(self, first_shape, second_shape) -> None:
+        super().build(first_shape)
+
+    def call(self, first, second):
+        both = -ops.softplus(-first) - ops.softplus(-second)
+        # Not both: no first event, or a first without a second one.
+        ways = [-ops.softplus(first), -ops.softplus(-first) - ops.softplus(second)]
+        # Under TensorFlow, the gradient of `logaddexp` is wrong where its arguments are equal.
+        return both - ops.logsumexp(ops.stack(ways, axis=-1), axis=-1)
+
+    def prediction(self, output):
+        """The probability for an output, elementwise."""
+        return ops.sigmoid(output)
+
+    def compute_output_shape(self, first_shape, second_shape):
+        return tuple(first_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "given": self.given, "objective": self.objective}
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class GatherRows(keras.layers.Layer):
+    """Rows of a table of vectors, by index: takes vectors of distinct entities back to the pairs of a batch.
+
+    Call arguments:
+        vectors: `(N, W)`, one row per distinct entity.
+        rows: Integer indices `(B,)` into the first axis.
+
+    Returns:
+        `(B, W)`.
+
+    Example:
+
+    >>> GatherRows()(np.eye(2), np.array([1, 0, 1])).shape
+    TensorShape([3, 2])
+    """
+
+    def build(self, vectors_shape, rows_shape) -> None:
+        super().build(vectors_shape)
+
+    def call(self, vectors, rows):
+        return ops.take(vectors, rows, axis=0)
+
+    def compute_output_shape(self, vectors_shape, rows_shape):
+        return (rows_shape[0], vectors_shape[-1])

@@ -1,1 +1,0 @@
-"""A small local server for a SavedModel, in TensorFlow Serving's REST protocol. Needs the extra `serve`."""

@@ -1,0 +1,7 @@
+"""Profiles of users in bulk: the items, or the groups of items, that each task rates highest for each."""
+
+from mvke_tf.serving.profiles.entities import Candidates, Users
+from mvke_tf.serving.profiles.files import profile_run
+from mvke_tf.serving.profiles.profiler import Profiler
+
+__all__ = ["Candidates", "Profiler", "Users", "profile_run"]

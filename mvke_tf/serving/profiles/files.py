@@ -1,0 +1,181 @@
+"""The profiles of a run, as files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from mvke_tf.errors import ConfigError
+from mvke_tf.inference.index import IndexConfig, VectorIndex, recall
+from mvke_tf.inference.topk import best_products
+from mvke_tf.io import atomic_write, csv_safe
+from mvke_tf.run import Run
+from mvke_tf.serving.profiles.entities import BY_ITEM, Candidates, Users
+from mvke_tf.serving.profiles.profiler import EFFORT, GROUP_ITEMS, MEMORY_MB, TOP, Frames, Profiler, check_indexable
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("parquet", "csv")
+# Recall is measured on so many users, drawn at random where there are more.
+RECALL_USERS = 1000
+
+
+def profile_run(
+    run: Run,
+    tasks: Sequence[str] | None = None,
+    top: int = TOP,
+    by: str = BY_ITEM,
+    users: Sequence[int | str] | None = None,
+    exclude_seen: bool = False,
+    memory_mb: int = MEMORY_MB,
+    group_items: int = GROUP_ITEMS,
+    formats: Sequence[str] = FORMATS,
+    folder: Path | None = None,
+    index: IndexConfig | None = None,
+    effort: int = EFFORT,
+) -> dict[str, list[Path]]:
+    """Makes the profiles of users of a run's data with its best checkpoint, and writes one file per task and format.
+
+    Args:
+        run: The run.
+        tasks: Names of the tasks; all of the model by default.
+        top: See `Profiler.blocks`.
+        by: `"item"`, or the name of a group of items.
+        users: Ids of the users; all by default. Numbers may come as text.
+        exclude_seen: Whether to leave out the items of a user's rows in the log.
+        memory_mb: See `Profiler.blocks`.
+        group_items: See `Profiler.blocks`.
+        formats: Some of `"parquet"` and `"csv"`.
+        folder: Where; `profiles` in the run directory by default. Files of an earlier call are replaced.
+        index: How to build a vector index that finds the items; exact scoring by default. It is kept in `<folder>` and
+            used again as long as the item vectors are the same.
+        effort: See `VectorIndex.search`.
+
+    Returns:
+        `{task: files}`, `<folder>/<task>_<by>.<format>`; of data without items `<task>_user`. They appear together when
+        the last user is done. In CSV files, texts that a spreadsheet would run begin with an apostrophe.
+
+    Raises:
+        RunError: If the run has no checkpoint yet.
+        ConfigError: If a user, a task, a group or another argument is unknown or out of range.
+    """
+    unknown = sorted(set(formats) - set(FORMATS))
+    if unknown or not formats:
+        raise ConfigError(f"`formats` must be some of {FORMATS}. Received: {tuple(formats)}")
+    folder = Path(folder or run.folder / "profiles")
+    chosen = Users.of(run.prepared, users, exclude_seen)
+    candidates = Candidates.of(run.prepared, by)
+    model = run.load_model()
+    if index is not None:
+        check_indexable(model, candidates, model.task_names if tasks is None else tasks, by)
+    profiler = Profiler(model, candidates, tasks)
+    indexes = None
+    if index is not None:
+        indexes = {
+            task: kept_index(profiler.item_vectors[task], index, folder / f"{task}_{index.kind}_index.npz")
+            for task in profiler.tasks
+        }
+        _log_recall(profiler, chosen, indexes, top, effort)
+    blocks = profiler.blocks(chosen, top, by, memory_mb, group_items, indexes, effort)
+    size = profiler.users_per_block(top, by, memory_mb, group_items)
+    what = "user" if candidates.ids is None else re.sub(r"[^\w.-]", "_", by)
+    return write_profiles(_with_progress(blocks, len(chosen), size), profiler.tasks, folder, what, formats)
+
+
+def write_profiles(
+    blocks: Iterable[Frames], tasks: Sequence[str], folder: Path, by: str, formats: Sequence[str] = FORMATS
+) -> dict[str, list[Path]]:
+    """Writes blocks of profiles as they come; arguments and result as of `profile_run`."""
+    files = {task: [Path(folder) / f"{task}_{by}.{format}" for format in formats] for task in tasks}
+    with contextlib.ExitStack() as whole:
+        temporary = {path: whole.enter_context(atomic_write(path)) for paths in files.values() for path in paths}
+        # Closed before the files get their names.
+        with contextlib.ExitStack() as opened:
+            append = {path: _WRITERS[path.suffix](hidden, opened) for path, hidden in temporary.items()}
+            for block in blocks:
+                for task, paths in files.items():
+                    for path in paths:
+                        append[path](block[task])
+    return files
+
+
+def _parquet_writer(path: Path, opened: contextlib.ExitStack) -> Callable[[pd.DataFrame], None]:
+    writers: list[pq.ParquetWriter] = []
+
+    def append(frame: pd.DataFrame) -> None:
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        if not writers:
+            writers.append(opened.enter_context(pq.ParquetWriter(path, table.schema)))
+        writers[0].write_table(table)
+
+    return append
+
+
+def _csv_writer(path: Path, opened: contextlib.ExitStack) -> Callable[[pd.DataFrame], None]:
+    file = opened.enter_context(path.open("w", encoding="utf-8", newline=""))
+
+    def append(frame: pd.DataFrame) -> None:
+        safe = frame.apply(_csv_safe).rename(columns=csv_safe)
+        safe.to_csv(file, index=False, header=file.tell() == 0, lineterminator="\n")
+
+    return append
+
+
+def _csv_safe(column: pd.Series) -> pd.Series:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        safe = np.array([*map(csv_safe, column.cat.categories), None], object)
+        return pd.Series(safe[column.cat.codes], column.index)
+    return column.map(csv_safe) if pd.api.types.is_string_dtype(column.dtype) else column
+
+
+_WRITERS = {".parquet": _parquet_writer, ".csv": _csv_writer}
+
+
+def _with_progress(blocks: Iterable[Frames], users: int, size: int) -> Iterator[Frames]:
+    with tqdm(total=users, unit="user", desc="Profiles") as bar:
+        for block in blocks:
+            yield block
+            bar.update(min(size, users - bar.n))
+
+
+def kept_index(vectors: np.ndarray, config: IndexConfig, path: Path) -> VectorIndex:
+    """The index in a file, if it is of these vectors and settings; otherwise a new one, which replaces it.
+
+    Raises:
+        MvkeError: If the file is damaged, or FAISS is not installed.
+    """
+    if path.is_file():
+        index = VectorIndex.load(path)
+        if index.config == config and index.fits(vectors):
+            logger.info("Index: %s, as it was", path)
+            return index
+    index = VectorIndex.build(vectors, config)
+    index.save(path)
+    logger.info("Index: %s, built from %s items", path, f"{len(vectors):,}")
+    return index
+
+
+def _log_recall(profiler: Profiler, users: Users, indexes: dict[str, VectorIndex], top: int, effort: int) -> None:
+    rows = np.arange(len(users))
+    if len(rows) > RECALL_USERS:
+        rows = np.sort(np.random.default_rng(0).choice(rows, RECALL_USERS, replace=False))
+    vectors = profiler.user_vectors(users.table, rows)
+    for task, index in indexes.items():
+        _, exact = best_products(vectors[task], profiler.item_vectors[task], top)
+        _, found = index.search(vectors[task], exact.shape[1], effort)
+        logger.info(
+            "recall@%d of %s: %.4f against exact scoring (%s users)",
+            exact.shape[1],
+            task,
+            recall(found, exact),
+            f"{len(rows):,}",
+        )

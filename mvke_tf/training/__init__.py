@@ -1,0 +1,5 @@
+"""Training: the loop, what it measures after each epoch, and what it shows in TensorBoard."""
+
+from mvke_tf.training.loop import Result, train, train_run
+
+__all__ = ["Result", "train", "train_run"]

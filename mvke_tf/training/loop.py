@@ -1,0 +1,404 @@
+"""Training: from a dataset and settings to the best checkpoint in a run directory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from mvke_tf.config import RunConfig, TrainingConfig
+from mvke_tf.data.batches import Batches, Interactions
+from mvke_tf.data.declaration import Dataset
+from mvke_tf.data.groups import groups
+from mvke_tf.data.preparation import prepared_dataset
+from mvke_tf.data.store import PreparedDataset
+from mvke_tf.errors import ConfigError, DataError, RunError
+from mvke_tf.losses import task_losses
+from mvke_tf.models import TwoTowerModel, build_model, check_model, unread_settings, with_uncertainty
+from mvke_tf.run import History, Run, resume_command
+from mvke_tf.schema import Schema, Task
+from mvke_tf.training.callbacks import EpochWatch, RunKeeper, best_epoch, is_finished
+from mvke_tf.training.monitoring import Monitor, write_best
+from mvke_tf.training.validation import Validation
+
+LOGGER = logging.getLogger(__name__)
+
+# Rows of distinct entities are filled up to a multiple, because every new shape costs a compilation.
+DISTINCT_MULTIPLE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a training made.
+
+    Args:
+        run: Its directory.
+        history: One dictionary per epoch.
+        best_epoch: Epoch of the best checkpoint, from 1.
+        examples_per_second: Median over the epochs trained now, rows of the log per second of training; None if none
+            was.
+        peak_memory: Most memory the process has held, in bytes; on a GPU also `gpu_peak_memory`. None on Windows.
+        gpu_peak_memory: Most memory held on the first GPU, in bytes; None without one.
+    """
+
+    run: Run
+    history: History
+    best_epoch: int
+    examples_per_second: float | None
+    peak_memory: int | None
+    gpu_peak_memory: int | None
+
+
+def train(
+    data: Dataset | PreparedDataset,
+    config: RunConfig | None = None,
+    run_name: str | None = None,
+    runs_dir: Path = Path("runs"),
+    data_dir: Path = Path("data"),
+) -> Result:
+    """Prepares the data unless that has been done, makes a run directory and trains in it.
+
+    Args:
+        data: A dataset, or what `mvke_tf.data.preparation` has made of one.
+        config: All settings; the defaults by default.
+        run_name: Name of the run directory; the model and the time by default.
+        runs_dir: Where runs are kept.
+        data_dir: Where prepared data are kept, unless they are in a folder already.
+
+    Returns:
+        What was made; everything else is in the run directory.
+
+    Raises:
+        ConfigError: If the settings do not fit the model or the tasks. No run directory is left behind.
+        DataError: If the data cannot be used. No run directory is left behind.
+        RunError: If the run exists.
+        TrainingError: If the loss becomes NaN or infinite.
+    """
+    config = config or RunConfig()
+    check_model(config.model.name, len(config.model.tasks) or None)
+    folder = Path(runs_dir) / (run_name or f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists():
+        # Before hours of preparing.
+        raise RunError(f"{folder} exists already, and a run is never overwritten. Choose another --run_name.")
+    prepared = data if isinstance(data, PreparedDataset) else prepared_dataset(data, data_dir)
+    for note in training_notes(config):
+        LOGGER.info("Note: %s", note)
+    training = _Training.of(prepared, config)
+    if prepared.folder is None:
+        prepared = copy.copy(prepared)
+        prepared.folder = Path(data_dir) / "prepared" / f"{prepared.dataset.name}-{prepared.digest[:12]}"
+        prepared.save(prepared.folder)
+    return _train(Run.create(folder, config, prepared), training)
+
+
+def train_run(run: Run) -> Result:
+    """Trains the model of a run, new or interrupted, from its last finished epoch on.
+
+    Args:
+        run: A run directory.
+
+    Returns:
+        What was made; everything else is in the run directory.
+
+    Raises:
+        RunError: If the run is damaged, its data are lost, or another process trains it.
+        DataError: If the data cannot be used.
+        TrainingError: If the loss becomes NaN or infinite.
+        KeyboardInterrupt: After Ctrl-C, with the command that continues; nothing is left half-written.
+    """
+    return _train(run, None)
+
+
+def _train(run: Run, training: _Training | None) -> Result:
+    history = run.history()
+    if history and not run.checkpoint.is_file():
+        raise run.lost_checkpoint()
+    finished = len(history)
+    LOGGER.info("Run: %s   (follow it: tensorboard --logdir %s)", run.folder, run.folder.parent)
+    if is_finished(history, run.config.training):
+        LOGGER.info("All %d epochs of %s have finished already.", finished, run.folder)
+        if not (run.logs / "best").exists():
+            _write_best(run, history, run.load_model())
+    else:
+        with run.lock():
+            try:
+                history = (training or _Training.of(run.prepared, run.config)).fit(run)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"Continue with: {resume_command(run)}") from None
+    speeds = [epoch["examples_per_second"] for epoch in history[finished:]]
+    return Result(
+        run,
+        history,
+        best_epoch(history) + 1,
+        float(np.median(speeds)) if speeds else None,
+        _peak_memory(),
+        _gpu_peak_memory(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """Data, model and settings, checked and built, before anything is written.
+
+    Args:
+        prepared: The data.
+        config: All settings.
+        schema: Features, and the tasks of the model.
+        parts: The training and the validation part.
+        batches: Batches of the training part.
+        plain: The model to checkpoint.
+        model: The compiled model to train, which shares its weights.
+    """
+
+    prepared: PreparedDataset
+    config: RunConfig
+    schema: Schema
+    parts: dict[str, Interactions]
+    batches: Batches
+    plain: TwoTowerModel
+    model: keras.Model
+
+    @classmethod
+    def of(cls, prepared: PreparedDataset, config: RunConfig) -> _Training:
+        """Sets all seeds, checks the data and builds the model.
+
+        Raises:
+            ConfigError: If the settings do not fit the tasks of the data.
+            DataError: If there is nothing to learn from.
+        """
+        set_seed(config.training)
+        names = prepared.task_names(config.model.tasks)
+        check_model(config.model.name, len(names))
+        config.check_tasks(names)
+        schema = prepared.schema(names, config.model.objective)
+        parts = {part: prepared.part(part, names, config.model.objective) for part in ("train", "validation")}
+        _check_parts(prepared.dataset.name, parts, schema.tasks)
+        batches = Batches(parts["train"], config.training.batch_size, config.training.deduplicate, DISTINCT_MULTIPLE)
+        plain, model = build_training_model(config, schema, batches.steps)
+        return cls(prepared, config, schema, parts, batches, plain, model)
+
+    def fit(self, run: Run) -> History:
+        """Trains from the last finished epoch of the run on, and writes what a finished training ends with.
+
+        Returns:
+            The whole history.
+        """
+        config, model, data = self.config.training, self.model, self.parts["train"]
+        history = run.restore_state(model)
+        if history:
+            LOGGER.info("Continuing %s after epoch %d.", run.folder, len(history))
+        LOGGER.info(
+            "%s: %s parameters, %s training rows in %s batches, %s validation rows",
+            *(self.plain.name, f"{self.plain.count_params():,}", f"{len(data):,}", f"{self.batches.steps:,}"),
+            f"{len(self.parts['validation']):,}",
+        )
+        if config.gradient_accumulation_steps > self.batches.steps:
+            LOGGER.info(
+                "Note: gradient_accumulation_steps %d is more than the %d batches of an epoch; some epochs end without "
+                "an update.",
+                *(config.gradient_accumulation_steps, self.batches.steps),
+            )
+        weights = loss_weights(self.config, self.schema)
+        validation = Validation(self.plain, self.parts["validation"], self.schema.tasks, weights)
+        images = config.monitor_images_epochs
+        monitor = Monitor(
+            run.logs,
+            self.plain,
+            self.parts["validation"],
+            groups(self.prepared) if images and self.plain.gates is not None else (),
+            images,
+            run.warnings_file,
+        )
+        callbacks = [EpochWatch(run, config, len(data), validation), monitor, RunKeeper(run, self.plain, history)]
+        try:
+            # One call per epoch, whose data end with it: steps_per_execution would read on into the next one otherwise.
+            while not is_finished(history, config):
+                model.fit(
+                    self.batches.epoch(config.seed, len(history)),
+                    epochs=config.epochs,
+                    initial_epoch=len(history),
+                    shuffle=False,
+                    verbose=1 if sys.stdout.isatty() else 2,
+                    callbacks=callbacks,
+                )
+        finally:
+            monitor.close()
+        if best_epoch(history) + 1 < len(history):
+            # The weights are those of the last epoch.
+            self.plain.load_weights(run.checkpoint)
+        _write_best(run, history, self.plain)
+        return history
+
+
+def _check_parts(name: str, parts: dict[str, Interactions], tasks: tuple[Task, ...]) -> None:
+    """Raises `DataError` unless there is something to learn from, in every task, and something to validate on."""
+    for part, data in parts.items():
+        if not len(data):
+            raise DataError(
+                f"The {part} part of {name} has no row. Change [split] so that it gets some, or add rows to the log."
+            )
+        data.check_labels(tasks)
+    for part, data in parts.items():
+        empty = [task.name for task in tasks if task.name in data.weights and not np.any(data.weights[task.name] > 0)]
+        if len(empty) == len(tasks) or (empty and part == "train"):
+            raise DataError(
+                f"No row of the {part} part of {name} counts for the tasks {empty}: each has no label, or a weight of "
+                "0. Change their label, `where` or weight, or leave them out with --tasks."
+            )
+
+
+def set_seed(config: TrainingConfig) -> None:
+    """Makes everything that follows in this process depend on the seed; if `deterministic`, to the last bit."""
+    keras.utils.set_random_seed(config.seed)
+    if config.deterministic and keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.enable_op_determinism()
+
+
+def training_notes(config: RunConfig) -> Iterator[str]:
+    """What the settings say without effect."""
+    unread = unread_settings(config.model)
+    if unread:
+        yield f"{config.model.name} does not read {', '.join(unread)}; this has no influence."
+    if config.training.optimizer == "adam" and config.training.weight_decay != TrainingConfig().weight_decay:
+        yield "adam does not read weight_decay; adamw does."
+    if config.model.gate_top_k == 1 and "gate_top_k" not in unread:
+        yield "with gate_top_k 1 the kept weight is always 1, so that only load_balancing_weight trains the gates."
+
+
+def build_training_model(config: RunConfig, schema: Schema, steps_per_epoch: int) -> tuple[TwoTowerModel, keras.Model]:
+    """The model to checkpoint, and the compiled model to train, which share their weights.
+
+    The first stays uncompiled, so that checkpoints are free of optimizer state.
+
+    Args:
+        config: All settings.
+        schema: The schema of the data with the tasks of the model.
+        steps_per_epoch: Batches per epoch.
+    """
+    with _dtype_policy(config.training.precision):
+        plain = build_model(config.model.name, schema, config.model)
+        if config.training.loss_weighting == "uncertainty":
+            plain = with_uncertainty(plain)
+        model = plain.training_model(config.training.deduplicate)
+        compile_model(model, plain.kinds, config.training, steps_per_epoch, loss_weights(config, schema))
+    return plain, model
+
+
+def loss_weights(config: RunConfig, schema: Schema) -> dict[str, float] | None:
+    """`{task: weight of its loss}`, whose order in the settings is that of their tasks; None if all are 1."""
+    weights = config.training.task_weights
+    return dict(zip(config.model.tasks or schema.task_names, weights, strict=True)) if weights else None
+
+
+@contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    """Layers made inside have this dtype policy."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def compile_model(
+    model: keras.Model,
+    kinds: dict[str, str],
+    config: TrainingConfig,
+    steps_per_epoch: int,
+    weights: dict[str, float] | None = None,
+) -> None:
+    """Compiles a model of `{task: output}`: optimizer, and a loss per kind of task.
+
+    Losses are means over the rows that have a weight in their task. Metrics of training batches, whose weights change
+    from step to step, are left out: exact ones are measured on the validation part after each epoch.
+
+    Args:
+        model: A model of `TwoTowerModel.training_model`.
+        kinds: `{task: "binary" or "regression"}`.
+        config: Settings; `task_weights` is not read.
+        steps_per_epoch: Batches per epoch.
+        weights: Weight of the loss of each task; 1 each by default.
+
+    Raises:
+        ConfigError: If XLA is wanted and cannot be had in this process.
+    """
+    model.compile(
+        optimizer=build_optimizer(config, steps_per_epoch),
+        loss=task_losses(kinds),
+        loss_weights=weights,
+        steps_per_execution=config.steps_per_execution,
+        jit_compile=True if config.xla else "auto" if keras.backend.backend() == "jax" else False,
+    )
+    if config.xla and not model.jit_compile:
+        raise ConfigError(
+            "XLA cannot compile this training: an earlier one of this process has switched determinism on, which "
+            "cannot be undone, or a layer does not allow it. Train in a new process. Received: xla=True"
+        )
+
+
+def build_optimizer(config: TrainingConfig, steps_per_epoch: int) -> keras.optimizers.Optimizer:
+    """The optimizer of these settings; its learning rate falls in steps of whole epochs of so many batches."""
+    batches = steps_per_epoch * config.learning_rate_decay_epochs
+    settings: dict[str, Any] = {
+        "learning_rate": keras.optimizers.schedules.ExponentialDecay(
+            config.learning_rate, batches, config.learning_rate_decay, staircase=True
+        ),
+        "global_clipnorm": config.global_clipnorm or None,
+        "gradient_accumulation_steps": (
+            config.gradient_accumulation_steps if config.gradient_accumulation_steps > 1 else None
+        ),
+    }
+    if config.optimizer == "adamw":
+        optimizer = keras.optimizers.AdamW(weight_decay=config.weight_decay, **settings)
+        # Decay would pull the learned weights of the tasks towards 1.
+        optimizer.exclude_from_weight_decay(var_names=["log_variances"])
+        return optimizer
+    return keras.optimizers.Adam(**settings)
+
+
+def _write_best(run: Run, history: History, model: TwoTowerModel) -> None:
+    """Hyperparameters, metrics and item vectors of the best epoch, whose weights `model` has."""
+    best = best_epoch(history)
+    metrics = {name: value for name, value in history[best].items() if name.startswith("val_")}
+    speed = float(np.median([epoch["examples_per_second"] for epoch in history]))
+    write_best(
+        run.logs / "best",
+        run.folder.resolve().name,
+        run.config,
+        {**metrics, "epoch": best + 1, "examples_per_second": speed},
+        best,
+        model,
+        run.prepared,
+    )
+
+
+def _peak_memory() -> int | None:
+    try:
+        import resource
+    except ImportError:
+        # Windows.
+        return None
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _gpu_peak_memory() -> int | None:
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    if not tf.config.list_physical_devices("GPU"):
+        return None
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]

@@ -1,0 +1,133 @@
+"""What the validation part says after an epoch: exact metrics and the loss, from one pass of predictions."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mvke_tf.data.batches import Interactions
+from mvke_tf.errors import DataError, MvkeError
+from mvke_tf.inference.predictions import predict
+from mvke_tf.losses import uncertainty_weight
+from mvke_tf.metrics import auc
+from mvke_tf.models import TwoTowerModel
+from mvke_tf.schema import Task
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Validation:
+    """Measures a model on the validation part.
+
+    Args:
+        model: The model; its weights are those of the moment in which `measure` is called.
+        data: The validation part, with the weights of the objectives of the tasks.
+        tasks: The tasks of the schema.
+        loss_weights: Weight of the loss of each task, unless the model has trained log-variances; 1 each by default.
+    """
+
+    def __init__(
+        self,
+        model: TwoTowerModel,
+        data: Interactions,
+        tasks: Sequence[Task],
+        loss_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.model, self.data, self.tasks = model, data, tuple(tasks)
+        self.loss_weights = dict(loss_weights or {})
+        everything = np.ones(len(data), np.float32)
+        self._weights = {task.name: np.asarray(data.weights.get(task.name, everything)) for task in tasks}
+        self._rows = {name: np.flatnonzero(weight > 0) for name, weight in self._weights.items()}
+        for task in self.tasks:
+            if reason := self._undefined(task):
+                LOGGER.warning(
+                    "The validation part %s for the task %r: its score is not defined there, and the best epoch is "
+                    "chosen by the other tasks.",
+                    reason,
+                    task.name,
+                )
+
+    def _undefined(self, task: Task) -> str | None:
+        labels = np.asarray(self.data.labels[task.name])[self._rows[task.name]]
+        if not len(labels):
+            return "has no row that counts"
+        if task.kind == "binary" and labels.min() == labels.max():
+            return f"has only the label {labels[0]:g}"
+        return None
+
+    def measure(self) -> dict[str, float]:
+        """Metrics by the names of their columns in the log.
+
+        Returns:
+            `val_loss`, the sum of the losses of the tasks with their weights, without losses of layers such as that of
+            load balancing; `val_<task>_loss` (nats, or the squared error in the unit in which the model learns);
+            `val_<task>_auc` of a binary task (given the event before it, if that is its objective); `val_<task>_rmse`
+            and `val_<task>_mae` of a regression (in the unit of the label), over the rows that count, each as one; and
+            `val_score`, the mean AUC, or minus the mean RMSE where there is no AUC, or minus the loss where there is
+            neither. What is not defined is NaN and left out of the score. Only `val_loss`, which is NaN, if the
+            predictions are not finite.
+        """
+        try:
+            predictions = predict(self.model, self.data)
+        except DataError:
+            raise
+        except MvkeError:
+            # The outputs are not finite.
+            return {"val_loss": math.nan}
+        measured: dict[str, float] = {}
+        losses, aucs, errors = [], [], []
+        for task in self.tasks:
+            rows = self._rows[task.name]
+            conditional = task.objective == "conditional" and task.name in predictions.conditional
+            predicted = np.asarray((predictions.conditional if conditional else predictions.values)[task.name])[rows]
+            labels = np.asarray(self.data.labels[task.name], np.float64)[rows]
+            if not np.isfinite(predicted).all():
+                return {"val_loss": math.nan}
+            loss = math.nan
+            if len(rows):
+                loss = float(np.average(_losses(task, labels, predicted), weights=self._weights[task.name][rows]))
+                losses.append(self._weighted(task, loss))
+            measured[f"val_{task.name}_loss"] = loss
+            if task.kind == "binary":
+                area = math.nan if self._undefined(task) else auc(labels, predicted)
+                measured[f"val_{task.name}_auc"] = area
+                aucs.append(area)
+            else:
+                error = predicted - _untransformed(task, labels)
+                rmse = float(np.sqrt(np.mean(np.square(error)))) if len(rows) else math.nan
+                measured[f"val_{task.name}_rmse"] = rmse
+                measured[f"val_{task.name}_mae"] = float(np.mean(np.abs(error))) if len(rows) else math.nan
+                errors.append(rmse)
+        total = float(np.sum(losses))
+        return {"val_loss": total, **measured, "val_score": _score(aucs, errors, total)}
+
+    def _weighted(self, task: Task, loss: float) -> float:
+        if self.model.log_variances is None:
+            return self.loss_weights.get(task.name, 1.0) * loss
+        log_variance = float(self.model.log_variances.by_task()[task.name])
+        return float(uncertainty_weight(log_variance, task.kind)) * loss + 0.5 * log_variance
+
+
+def _score(aucs: Sequence[float], errors: Sequence[float], loss: float) -> float:
+    aucs = [area for area in aucs if not math.isnan(area)]
+    errors = [error for error in errors if not math.isnan(error)]
+    if aucs:
+        return float(np.mean(aucs))
+    return -float(np.mean(errors)) if errors else -loss
+
+
+def _losses(task: Task, labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """The loss of each row `(n,)`, as in `mvke_tf.losses.task_loss`, from what `predict` gives."""
+    if task.kind == "regression":
+        learned = np.log1p(predicted) if task.transform == "log1p" else predicted
+        return np.square(learned - labels)
+    # The nearest numbers to 0 and 1: a probability that was rounded to them costs much and not infinitely much.
+    positive, negative = np.maximum(predicted, np.finfo(np.float64).tiny), np.minimum(predicted, 1 - 2**-53)
+    return -(labels * np.log(positive) + (1 - labels) * np.log1p(-negative))
+
+
+def _untransformed(task: Task, labels: np.ndarray) -> np.ndarray:
+    return np.expm1(labels) if task.transform == "log1p" else labels

@@ -1,0 +1,106 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mvke_tf.errors import ConfigError, DataError
+from mvke_tf.io import atomic_write, read_json, remove_temporary, write_json
+
+
+def test_atomic_write_replaces_a_file(tmp_path):
+    target = tmp_path / "folder" / "a.txt"
+    for text in ("first", "second"):
+        with atomic_write(target) as temporary:
+            assert temporary.suffix == ".txt"
+            temporary.write_text(text)
+        assert target.read_text() == text
+    assert [path.name for path in target.parent.iterdir()] == ["a.txt"]
+
+
+def test_atomic_write_replaces_a_folder(tmp_path):
+    for number in range(2):
+        with atomic_write(tmp_path / "made") as temporary:
+            temporary.mkdir()
+            (temporary / f"inside{number}").write_text("x")
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["inside1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_atomic_write_leaves_the_target_alone_after_an_error(tmp_path, error):
+    target = tmp_path / "a.txt"
+    target.write_text("kept")
+    with pytest.raises(error), atomic_write(target) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert target.read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_stays_if_the_last_rename_fails(tmp_path, monkeypatch):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "inside").write_text("kept")
+    replace = os.replace
+
+    def fail(source, target):
+        if target == tmp_path / "made" and source.name != "earlier":
+            raise OSError("the disk is gone")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="the disk is gone"), atomic_write(tmp_path / "made") as temporary:
+        temporary.mkdir()
+    assert (tmp_path / "made" / "inside").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_json_round_trip(tmp_path):
+    write_json(tmp_path / "a.json", {"b": [1, None]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, None]}
+    assert read_json(tmp_path / "a.json") == {"b": [1, None]}
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"{", "is no valid JSON: Expecting property name"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"1" * 10_000, "is no valid JSON: Exceeds the limit"),
+        (b'"\xff"', "is no text in UTF-8"),
+    ],
+)
+def test_json_that_cannot_be_read(tmp_path, contents, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(contents)
+    with pytest.raises(DataError, match=rf"a\.json {message}|a\.json is no JSON.*{message}"):
+        read_json(path)
+    with pytest.raises(ConfigError):
+        read_json(path, ConfigError)
+
+
+def test_json_that_is_missing_or_far_too_large(tmp_path):
+    with pytest.raises(DataError, match=r"a\.json cannot be read: No such file"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("[1, 2]")
+    with pytest.raises(DataError, match=r"a\.json is too large: 6 bytes. Expected: at most 3"):
+        read_json(tmp_path / "a.json", most_bytes=3)
+    assert read_json(tmp_path / "a.json", most_bytes=None) == [1, 2]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    code = """
+import os, signal, sys
+from mvke_tf.io import atomic_write
+with atomic_write(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.txt"], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with atomic_write(tmp_path / "b.txt") as temporary:
+        temporary.write_text("in the making")
+        remove_temporary(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [temporary.parent.name]
+    assert [path.name for path in tmp_path.iterdir()] == ["b.txt"]

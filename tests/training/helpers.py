@@ -1,0 +1,28 @@
+"""What several tests of training share."""
+
+import numpy as np
+
+from mvke_tf.config import ModelConfig, TrainingConfig
+
+MODEL = ModelConfig(embedding_dim=8, hidden_dims=(8,), dropout_rate=0.3)
+TRAINING = TrainingConfig(epochs=3, batch_size=32, patience=0, seed=5)
+
+
+def state(run):
+    with np.load(run.state_file) as file:
+        return {name: file[name] for name in file.files if name not in ("history", "names")}
+
+
+def assert_same_state(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def assert_same_history(first, second):
+    """All but the speed."""
+    for ours, theirs in zip(first, second, strict=True):
+        np.testing.assert_equal(
+            {name: value for name, value in ours.items() if name != "examples_per_second"},
+            {name: value for name, value in theirs.items() if name != "examples_per_second"},
+        )
