@@ -65,6 +65,17 @@ def exchange(address: tuple[str, int], sent: bytes) -> bytes:
     return received
 
 
+def next_answer(connection: socket.socket) -> bytes:
+    """One whole answer on a connection that stays open: its parts arrive when they like."""
+    received = b""
+    while (head := received.find(b"\r\n\r\n")) < 0:
+        received += connection.recv(65536)
+    length = int(re.search(rb"content-length: (\d+)", received, re.IGNORECASE)[1])
+    while len(received) < head + 4 + length:
+        received += connection.recv(65536)
+    return received
+
+
 def status_of(received: bytes) -> int:
     return int(received.split(b" ", 2)[1])
 
@@ -87,9 +98,9 @@ def test_a_head_that_does_not_arrive_is_given_up():
         # Nor does a request before, on the same connection.
         with socket.create_connection(address, timeout=60) as connection:
             connection.sendall(body_of({"inputs": {}}, last=False))
-            assert status_of(connection.recv(65536)) == 200
+            assert status_of(next_answer(connection)) == 200
             connection.sendall(HEAD)
-            assert status_of(connection.recv(65536)) == 408
+            assert status_of(next_answer(connection)) == 408
             assert connection.recv(65536) == b""
         assert status_of(exchange(address, body_of({"inputs": {}}))) == 200
 
