@@ -24,8 +24,8 @@ class Predictions:
     """Predictions for pairs, in their order.
 
     Args:
-        values: `{task: (n,)}` float64: probabilities of binary tasks, values of regression tasks in the unit of their
-            labels.
+        values: `{task: (n,)}` float64: probabilities of binary tasks, values of regression tasks and rates of count
+            tasks in the unit of their labels; `(n, C)` probabilities of the classes of multi-class tasks.
         conditional: `{task: (n,)}` float64, of the tasks in `model.given`: probabilities given the event before.
     """
 
@@ -48,14 +48,18 @@ def predict(model: TwoTowerModel, interactions: Interactions, batch: int = TILE_
         DataError: If a feature is missing.
         MvkeError: If an output is NaN or infinite.
     """
-    values = {task: np.empty(len(interactions)) for task in model.task_names}
+    classes = {task: (len(names),) for task, names in model.classes.items()}
+    values = {task: np.empty((len(interactions), *classes.get(task, ()))) for task in model.task_names}
+    class_vectors = {task: vectors.T for task, (vectors, _) in model.class_weights.items()}
     conditional = {task: np.empty(len(interactions)) for task in model.given}
     items, item_rows = _Items(model, interactions, batch), np.asarray(interactions.item_rows)
     for pairs, users, user_rows in _by_user(model, interactions, batch):
         for some in slices(len(pairs), PAIRS):
             vectors, rows = items.of(item_rows[pairs[some]])
+            met = {task: users[task][user_rows[some]] * vectors[task][rows] for task in model.task_names}
             products = {
-                task: np.sum(users[task][user_rows[some]] * vectors[task][rows], axis=1) for task in model.task_names
+                task: each @ class_vectors[task] if task in class_vectors else np.sum(each, axis=1)
+                for task, each in met.items()
             }
             joint = model.outputs_of_products(products)
             given = model.outputs_of_products(products, conditional=True) if conditional else {}
@@ -106,4 +110,9 @@ def _prediction(model: TwoTowerModel, task: str, output: Any) -> np.ndarray:
     output = ops.convert_to_numpy(output).astype(np.float64)
     if model.kinds[task] == "binary":
         return np.exp(-np.logaddexp(0.0, -output))
+    if model.kinds[task] == "multiclass":
+        odds = np.exp(output - output.max(axis=-1, keepdims=True))
+        return odds / odds.sum(axis=-1, keepdims=True)
+    if model.kinds[task] == "count":
+        return np.exp(output)
     return output if model.transforms[task] is None else np.expm1(output)

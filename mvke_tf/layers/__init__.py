@@ -3,13 +3,15 @@
 from mvke_tf.layers.embedding import FieldEmbedding, ReplaceByUnknown, StackFields
 from mvke_tf.layers.experts import ConvolutionalExpert, Experts, SelectExperts
 from mvke_tf.layers.gates import AttentionGate, ExpertGate, GatedTag, GateSoftmax, MixExperts, VirtualKernelGate
-from mvke_tf.layers.heads import GatherRows, JointLogit, RegressionHead, RowDot
+from mvke_tf.layers.heads import ClassHead, CountHead, GatherRows, JointLogit, RegressionHead, RowDot
 from mvke_tf.layers.task_uncertainty import TaskUncertainty
 from mvke_tf.layers.virtual_kernels import VirtualKernelAttention, VirtualKernels
 
 __all__ = [
     "AttentionGate",
+    "ClassHead",
     "ConvolutionalExpert",
+    "CountHead",
     "ExpertGate",
     "Experts",
     "FieldEmbedding",

@@ -51,7 +51,8 @@ def export_onnx(model: TwoTowerModel, path: Path, rows: Mapping[str, Any], compo
         model: A two-tower model, float32.
         path: The `.onnx` file; one that is there is replaced. A `.json` of the same name is written beside it.
         rows: Encoded features, `{feature: (B,), (B, L) or (B, W)}`; those that the component does not read are ignored.
-        component: `"model"` for `{task: logit or value (B, 1)}`, `"user"` or `"item"` for `{task: vector (B, W_task)}`.
+        component: `"model"` for the outputs `{task: (B, 1)}` (multi-class `(B, C)`), `"user"` or `"item"` for
+            `{task: vector (B, W_task)}`.
 
     Returns:
         `path`.
@@ -226,6 +227,7 @@ def _describe(model: TwoTowerModel, source: keras.Model, proto: onnx.ModelProto,
                 "given": model.given.get(task),
                 "offset": model.offsets.get(task),
                 "transform": model.transforms[task],
+                "classes": list(model.classes[task]) if task in model.classes else None,
             }.items()
             if value is not None
         }
@@ -257,6 +259,10 @@ def _describe(model: TwoTowerModel, source: keras.Model, proto: onnx.ModelProto,
 def _meaning(model: TwoTowerModel, task: str) -> str:
     if model.kinds[task] == "binary":
         return "logit, in nats; its sigmoid is the probability"
+    if model.kinds[task] == "count":
+        return "logarithm of the expected count"
+    if model.kinds[task] == "multiclass":
+        return "logits of the classes, in nats; their softmax is the probability of each"
     return (
         "log(1 + value), the value in the unit of the label"
         if model.transforms[task]

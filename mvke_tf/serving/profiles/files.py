@@ -76,7 +76,7 @@ def profile_run(
     candidates = Candidates.of(run.prepared, by)
     model = run.load_model()
     if index is not None:
-        check_indexable(model, candidates, model.task_names if tasks is None else tasks, by)
+        check_indexable(model, candidates, model.ranked_tasks if tasks is None else tasks, by)
     profiler = Profiler(model, candidates, tasks)
     indexes = None
     if index is not None:
