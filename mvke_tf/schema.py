@@ -114,7 +114,7 @@ class Task:
 
     name: str
     kind: str = "binary"
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = dataclasses.field(default=(), metadata={"entries": str})
     given: str | None = None
     objective: str = "joint"
     offset: float = 0.0

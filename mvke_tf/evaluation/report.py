@@ -58,10 +58,10 @@ def evaluate_model(model: TwoTowerModel, prepared: PreparedDataset, part: str, b
         ConfigError: If there is no such part, or a task of the model is not declared.
         DataError: If the part has no rows.
     """
-    return _report(_evaluate(model, prepared, part, batch_size), prepared, part)
+    return _report(outcomes_of(model, prepared, part, batch_size), prepared, part)
 
 
-def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS) -> Report:
+def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS, calibrated: bool = False) -> Report:
     """Evaluates the best checkpoint of a run, and writes its report, metrics by group, and pictures.
 
     Splits of other parts that are in the report already stay. The pictures are `<part>_roc.png` and
@@ -72,6 +72,7 @@ def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS) -> R
         run: The run.
         part: `"train"`, `"validation"` or `"test"`.
         batch_size: Rows per step; without influence on the result, but for its last digits.
+        calibrated: Whether binary predictions are those that an export gives after `calibrate_run`.
 
     Returns:
         The whole report, as in `run.report_file`.
@@ -79,14 +80,17 @@ def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS) -> R
     Raises:
         ConfigError: If there is no such part.
         DataError: If the data are damaged, or the part has no rows.
-        RunError: If the run has no checkpoint or no data, or its present report is damaged.
+        RunError: If the run has no checkpoint, no data, or not the calibration that is asked for, or its present report
+            is damaged.
     """
     merged = _read_report(run.report_file)
     prepared = run.prepared
     rows = len(part_rows(prepared, part))
-    model = run.load_model()
+    model = run.load_model(calibrated)
+    if calibrated and not model.calibration:
+        raise RunError(f"{run.folder} is not calibrated yet: mvke calibrate {run.folder} --method platt")
     logger.info("Evaluating %s on %s rows of the %s part ...", run.checkpoint, f"{rows:,}", part)
-    found = _evaluate(model, prepared, part, batch_size)
+    found = outcomes_of(model, prepared, part, batch_size)
     merged |= _report(found, prepared, part)
     groupings = groups(prepared)
     by_group = group_metrics(found, groupings, prepared, part)
@@ -117,7 +121,8 @@ def measure(
     return _report(outcomes(predicted, conditional, kinds, prepared, part), prepared, part)
 
 
-def _evaluate(model: TwoTowerModel, prepared: PreparedDataset, part: str, batch_size: int) -> tuple[Outcome, ...]:
+def outcomes_of(model: TwoTowerModel, prepared: PreparedDataset, part: str, batch_size: int) -> tuple[Outcome, ...]:
+    """What a model predicts of one part, beside what came of it; arguments as of `evaluate_model`."""
     part_rows(prepared, part)
     predictions = predict(model, prepared.part(part, model.task_names), batch_size)
     return outcomes(predictions.values, predictions.conditional, model.kinds, prepared, part)

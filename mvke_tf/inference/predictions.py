@@ -12,6 +12,7 @@ from keras import ops
 
 from mvke_tf.data.batches import Interactions
 from mvke_tf.inference.vectors import TILE_ROWS, Vectors, slices, vectors_of
+from mvke_tf.layers import LogitMap
 from mvke_tf.models import TwoTowerModel
 
 # Bounds of memory: vectors of so many bytes are held for each side, and pairs are multiplied so many at a time.
@@ -64,7 +65,7 @@ def predict(model: TwoTowerModel, interactions: Interactions, batch: int = TILE_
             joint = model.outputs_of_products(products)
             given = model.outputs_of_products(products, conditional=True) if conditional else {}
             for task in values:
-                values[task][pairs[some]] = _prediction(model, task, joint[task])
+                values[task][pairs[some]] = _prediction(model, task, joint[task], model.calibration.get(task))
             for task in conditional:
                 conditional[task][pairs[some]] = _prediction(model, task, given[task])
     return Predictions(values, conditional)
@@ -105,9 +106,11 @@ def _held_rows(tower: keras.Model) -> int:
     return max(1, HELD_BYTES // (4 * width))
 
 
-def _prediction(model: TwoTowerModel, task: str, output: Any) -> np.ndarray:
+def _prediction(model: TwoTowerModel, task: str, output: Any, calibration: LogitMap | None = None) -> np.ndarray:
     """`model.predictions` in float64, which not every backend has."""
     output = ops.convert_to_numpy(output).astype(np.float64)
+    if calibration is not None:
+        output = calibration(output, np)
     if model.kinds[task] == "binary":
         return np.exp(-np.logaddexp(0.0, -output))
     if model.kinds[task] == "multiclass":

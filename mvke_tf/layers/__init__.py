@@ -1,5 +1,7 @@
 """Keras layers of the multi-task models, in `keras.ops` only."""
 
+from mvke_tf.layers.balance import TaskBalance
+from mvke_tf.layers.calibration import CalibratedLogit, LogitMap
 from mvke_tf.layers.embedding import FieldEmbedding, ReplaceByUnknown, StackFields
 from mvke_tf.layers.experts import ConvolutionalExpert, Experts, SelectExperts
 from mvke_tf.layers.gates import AttentionGate, ExpertGate, GatedTag, GateSoftmax, MixExperts, VirtualKernelGate
@@ -9,6 +11,7 @@ from mvke_tf.layers.virtual_kernels import VirtualKernelAttention, VirtualKernel
 
 __all__ = [
     "AttentionGate",
+    "CalibratedLogit",
     "ClassHead",
     "ConvolutionalExpert",
     "CountHead",
@@ -19,12 +22,14 @@ __all__ = [
     "GatedTag",
     "GatherRows",
     "JointLogit",
+    "LogitMap",
     "MixExperts",
     "RegressionHead",
     "ReplaceByUnknown",
     "RowDot",
     "SelectExperts",
     "StackFields",
+    "TaskBalance",
     "TaskUncertainty",
     "VirtualKernelAttention",
     "VirtualKernelGate",

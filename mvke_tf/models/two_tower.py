@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -26,6 +27,7 @@ from mvke_tf.layers import (
     GatedTag,
     GatherRows,
     JointLogit,
+    LogitMap,
     MixExperts,
     RegressionHead,
     ReplaceByUnknown,
@@ -51,6 +53,9 @@ class TwoTowerModel(MultiTaskModel):
     logits `(B, C)` of the classes of multi-class tasks. `build_model` makes such a model, `load_model`
     loads one, and all models below are parts of it, which share its weights.
     """
+
+    # Of binary tasks, what makes calibrated logits of their outputs: `predictions` applies it. Not part of the file.
+    calibration: Mapping[str, LogitMap] = MappingProxyType({})
 
     # === Tasks ===
 
@@ -251,10 +256,13 @@ class TwoTowerModel(MultiTaskModel):
     def predictions(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """Probabilities of binary and multi-class tasks, and values and rates of the others, in the unit of the label.
 
+        Those of binary tasks in `calibration` are calibrated.
+
         Args:
             outputs: `{task: tensor}` of any tasks, as the model or `outputs_of_products` puts them out.
         """
-        return {task: self._heads[task].prediction(output) for task, output in outputs.items()}
+        calibrated = {task: self.calibration[task](outputs[task]) for task in outputs if task in self.calibration}
+        return {task: self._heads[task].prediction(calibrated.get(task, output)) for task, output in outputs.items()}
 
     def for_tasks(self, tasks: Sequence[str]) -> TwoTowerModel:
         """The part of this model that some tasks need, tasks of earlier events included.
@@ -272,7 +280,9 @@ class TwoTowerModel(MultiTaskModel):
             if task in needed and task in self.given:
                 needed.add(self.given[task])
         outputs = {task: self._heads[task].output for task in self.task_names if task in needed}
-        return TwoTowerModel(self.part(outputs).input, outputs, name=self.name)
+        model = TwoTowerModel(self.part(outputs).input, outputs, name=self.name)
+        model.calibration = {task: each for task, each in self.calibration.items() if task in needed}
+        return model
 
     # === Training ===
 

@@ -103,6 +103,8 @@ class ServingModule(tf.Module):
             task: {"kind": kinds[task], "given": given.get(task), "prediction": self.meaning(task)}
             for task in self._tasks
         }
+        for task, calibration in self.model.calibration.items():
+            described[task]["calibration"] = dataclasses.asdict(calibration)
         for task, (vectors, biases) in self.model.class_weights.items():
             described[task] |= {"classes": list(self.model.classes[task])}
             described[task] |= {"class_vectors": vectors.tolist(), "class_biases": biases.tolist()}
