@@ -436,6 +436,7 @@ def _part_option(parser: argparse.ArgumentParser, *names: str) -> None:
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     _part_option(parser, "--split", "--part")
     parser.add_argument("--batch_size", type=positive_int, default=4096, help="rows per step (default: 4096)")
+    parser.add_argument("--calibrated", action="store_true", help="with the calibration of `mvke calibrate`")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -444,9 +445,28 @@ def _evaluate(args: argparse.Namespace) -> None:
     from mvke_tf.evaluation import evaluate_run, results_table
 
     run = _open(args)
-    report = evaluate_run(run, args.split, args.batch_size)
+    report = evaluate_run(run, args.split, args.batch_size, args.calibrated)
     print(f"\n{results_table(report, args.split)}\n\n{run.contents()}")
     _say_next(f"mvke analyze {run.folder}", f"mvke export {run.folder}")
+
+
+def _calibrate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--method",
+        choices=("temperature", "platt", "isotonic"),
+        default="platt",
+        help="kind of the rising function from logits to calibrated logits (default: platt)",
+    )
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    """Calibrates the binary tasks of a run on its validation part; exports and profiles are calibrated from then on."""
+    import_tensorflow()
+    from mvke_tf.evaluation import calibrate_run, calibration_table
+
+    run = _open(args)
+    print(f"\n{calibration_table(calibrate_run(run, args.method))}\n\nCalibration: {run.calibration_file}")
+    _say_next(f"mvke evaluate {run.folder} --calibrated", f"mvke export {run.folder}")
 
 
 def _analyze_options(parser: argparse.ArgumentParser) -> None:
@@ -816,6 +836,7 @@ _COMMANDS = {
     "prepare": _Subcommand(_prepare, _prepare_options, on="data"),
     "train": _Subcommand(_train, _train_options, _check_train, on="data"),
     "evaluate": _Subcommand(_evaluate, _evaluate_options, _check_run, on="run"),
+    "calibrate": _Subcommand(_calibrate, _calibrate_options, _check_run, on="run"),
     "analyze": _Subcommand(_analyze, _analyze_options, _check_run, on="run"),
     "export": _Subcommand(_export, _export_options, _check_run, on="run"),
     "onnx": _Subcommand(_onnx, _onnx_options, _check_run, on="run"),

@@ -21,7 +21,9 @@ FORMAT = 2
 
 OBJECTIVES = ("joint", "conditional", "marginal")
 OPTIMIZERS = ("adam", "adamw")
-LOSS_WEIGHTINGS = ("fixed", "uncertainty")
+# How the losses of the tasks are weighed; the last three balance losses or gradients in every step.
+LOSS_WEIGHTINGS = ("fixed", "uncertainty", "famo", "pcgrad", "gradnorm")
+BALANCED = LOSS_WEIGHTINGS[2:]
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 MODEL_NAMES = ("mvke", "mmoe", "cgc", "ple", "shared_bottom", "hard_sharing", "single_task")
 # Rows of a comparison without a neural network.
@@ -289,7 +291,9 @@ class TrainingConfig:
         global_clipnorm: Largest global norm of the gradients, to which larger ones are scaled down; 0 clips nothing.
         gradient_accumulation_steps: Batches whose gradients are averaged before the optimizer takes one step.
         loss_weighting: `"fixed"` sums the losses of the tasks with the task weights; `"uncertainty"` learns one
-            log-variance per task (Kendall et al., CVPR 2018).
+            log-variance per task (Kendall et al., CVPR 2018); `"famo"` (Liu et al., NeurIPS 2023), `"pcgrad"` (Yu et
+            al., NeurIPS 2020) and `"gradnorm"` (Chen et al., ICML 2018) balance the tasks in every step, see
+            `mvke_tf.layers.TaskBalance`.
         task_weights: Weight of the loss of each task, in the order of the tasks; 1 each by default.
         precision: `"float32"`, `"mixed_bfloat16"` or `"mixed_float16"` (with loss scaling); weights stay float32.
         xla: Whether XLA compiles the training step (TensorFlow; JAX always does). Needs deterministic to be off.
@@ -349,7 +353,19 @@ class TrainingConfig:
             self,
             "task_weights",
             self.loss_weighting == "fixed" or not self.task_weights,
-            "left out where loss_weighting='uncertainty' learns them",
+            f"left out where loss_weighting={self.loss_weighting!r} weighs the tasks",
+        )
+        _check(
+            self,
+            "precision",
+            self.loss_weighting not in BALANCED or self.precision != "mixed_float16",
+            f"float32 or mixed_bfloat16 with loss_weighting={self.loss_weighting!r}, which reads gradients unscaled",
+        )
+        _check(
+            self,
+            "gradient_accumulation_steps",
+            self.loss_weighting != "famo" or self.gradient_accumulation_steps == 1,
+            "1 with loss_weighting='famo', which compares the losses before and after every step",
         )
         _check(self, "precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
         _check(

@@ -1,4 +1,4 @@
-"""Offline metrics of binary predictions and of predicted values, on plain arrays.
+"""Offline metrics of predictions of every kind of task, on plain arrays.
 
 A metric that is not defined for its input (an AUC where all labels are equal, anything of no rows) is NaN.
 """
@@ -177,6 +177,93 @@ def regression_metrics(labels: np.ndarray, values: np.ndarray) -> dict[str, floa
     mse = float(sklearn_metrics.mean_squared_error(labels, values))
     mae = float(sklearn_metrics.mean_absolute_error(labels, values))
     return {"mse": mse, "rmse": math.sqrt(mse), "mae": mae, "rows": len(labels)}
+
+
+def poisson_deviance(labels: np.ndarray, rates: np.ndarray) -> float:
+    """Mean over the rows of `2 (y ln(y / rate) - y + rate)`, of counts y and predicted means; 0 where both agree."""
+    return float(sklearn_metrics.mean_poisson_deviance(labels, rates)) if len(labels) else math.nan
+
+
+def count_metrics(labels: np.ndarray, rates: np.ndarray) -> dict[str, float | int | None]:
+    """All metrics of one count task.
+
+    Args:
+        labels: `(n,)`, whole numbers of at least 0.
+        rates: `(n,)`, predicted means, positive.
+
+    Returns:
+        `poisson_deviance` and what `regression_metrics` returns; None for a metric of no rows.
+
+    Raises:
+        ValueError: If the arrays are not of one length, a label is negative or no whole number, or a rate is not
+            positive and finite.
+    """
+    labels, rates = np.asarray(labels, np.float64), np.asarray(rates, np.float64)
+    measured = regression_metrics(labels, rates)
+    if (labels < 0).any() or (labels % 1).any() or (rates <= 0).any():
+        raise ValueError("Labels must be whole numbers of at least 0, and rates positive. Received: others")
+    return {"poisson_deviance": defined(poisson_deviance(labels, rates)), **measured}
+
+
+def macro_auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean over the classes of the AUC of each against all others; classes that no row or every row has do not count.
+
+    Args:
+        labels: `(n,)`, indices of classes.
+        probabilities: `(n, C)`.
+
+    Returns:
+        A value in [0, 1]; NaN if no class counts.
+    """
+    areas = [auc(labels == index, column) for index, column in enumerate(np.transpose(probabilities))]
+    areas = [area for area in areas if not math.isnan(area)]
+    return float(np.mean(areas)) if areas else math.nan
+
+
+def multiclass_metrics(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float | int | None]:
+    """All metrics of one multi-class task.
+
+    Args:
+        labels: `(n,)`, indices of classes.
+        probabilities: `(n, C)`, which sum to 1 over the classes.
+
+    Returns:
+        `macro_auc`, `accuracy` (share of rows whose class is the most probable one), `log_loss` (nats; probabilities
+        are kept the float epsilon away from 0), `rows`; None for a metric that is not defined.
+
+    Raises:
+        ValueError: If the shapes do not fit, a label is no index of a class, or a row of probabilities is none.
+    """
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities, np.float64)
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
+        raise ValueError(
+            "`labels` must have the shape (n,) and `probabilities` (n, C). "
+            f"Received: {labels.shape} and {probabilities.shape}"
+        )
+    if not np.isin(labels, np.arange(probabilities.shape[1])).all():
+        raise ValueError(f"Labels must be indices below {probabilities.shape[1]}. Received: {np.unique(labels)[:10]}")
+    if not ((probabilities >= 0).all() and np.allclose(probabilities.sum(axis=1), 1.0, atol=1e-5)):
+        raise ValueError("Probabilities must lie in [0, 1] and sum to 1 over the classes. Received: others")
+    if not len(labels):
+        return {"macro_auc": None, "accuracy": None, "log_loss": None, "rows": 0}
+    of_label = probabilities[np.arange(len(labels)), labels.astype(int)]
+    return {
+        "macro_auc": defined(macro_auc(labels, probabilities)),
+        "accuracy": float(np.mean(probabilities.argmax(axis=1) == labels)),
+        "log_loss": float(-np.mean(np.log(np.maximum(of_label, np.finfo(np.float64).eps)))),
+        "rows": len(labels),
+    }
+
+
+def task_metrics(
+    kind: str, labels: np.ndarray, values: np.ndarray, users: np.ndarray | None = None
+) -> dict[str, float | int | None]:
+    """The metrics of a task of any kind, by that function of this module which is for it."""
+    if kind == "binary":
+        return binary_metrics(labels, values, users)
+    return {"regression": regression_metrics, "count": count_metrics, "multiclass": multiclass_metrics}[kind](
+        labels, values
+    )
 
 
 def defined(value: float) -> float | None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -40,6 +41,7 @@ from mvke_tf.data.encoder import Encoder
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError, RunError
 from mvke_tf.io import CORRUPT_FILE_ERRORS, atomic_write, read_arrays, read_json, remove_temporary, write_json
+from mvke_tf.layers import LogitMap
 from mvke_tf.models import TwoTowerModel, load_model
 
 LOGGER = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Run:
         self.checkpoint = self.folder / "best.keras"
         self.state_file = self.folder / "state.npz"
         self.report_file = self.folder / "report.json"
+        self.calibration_file = self.folder / "calibration.json"
         self.figures = self.folder / "figures"
         self.logs = self.folder / "tensorboard"
         self.log_file = self.folder / "log.csv"
@@ -139,6 +142,7 @@ class Run:
             "warnings": self.warnings_file,
             "TensorBoard": self.logs,
             "report": self.report_file,
+            "calibration": self.calibration_file,
             "figures": self.figures,
             "SavedModel": self.export,
         }
@@ -248,12 +252,22 @@ class Run:
         data = data or _quoted(self.folder)
         return f"Train a new run of its settings: mvke train --data {data} --config {_quoted(self.config_file)}"
 
-    def load_model(self) -> TwoTowerModel:
+    def load_model(self, calibrated: bool = False) -> TwoTowerModel:
         """The best checkpoint.
 
+        Args:
+            calibrated: Whether its predictions are calibrated, if the run is.
+
         Raises:
-            RunError: If training has not finished an epoch yet, or the file is lost or damaged.
+            RunError: If training has not finished an epoch yet, or the file is lost or damaged; likewise the file of
+                the calibration.
         """
+        model = self._load_model()
+        if calibrated:
+            model.calibration = self.calibration()
+        return model
+
+    def _load_model(self) -> TwoTowerModel:
         if not self.checkpoint.is_file():
             if self.history():
                 raise self.lost_checkpoint()
@@ -269,6 +283,33 @@ class Run:
             f"{self.checkpoint} is lost, although epochs of the run have finished; only that file holds the weights of "
             f"the best one. {self._train_anew()}"
         )
+
+    def save_calibration(self, method: str, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keeps the calibration of the best checkpoint, `{task: arguments of LogitMap}`."""
+        write_json(self.calibration_file, {"method": method, "checkpoint": self._checkpoint_digest(), "tasks": tasks})
+
+    def calibration(self) -> dict[str, LogitMap]:
+        """The calibration of the best checkpoint by task; empty if there is none.
+
+        Raises:
+            RunError: If the file is damaged, or that of an earlier checkpoint.
+        """
+        if not self.calibration_file.is_file():
+            return {}
+        values = read_json(self.calibration_file, RunError)
+        again = f"Fit it again: mvke calibrate {_quoted(self.folder)}"
+        try:
+            checkpoint, tasks = values["checkpoint"], values["tasks"]
+            found = {task: LogitMap(**settings) for task, settings in tasks.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(f"{self.calibration_file} is damaged ({error!r}). {again}") from error
+        if checkpoint != self._checkpoint_digest():
+            raise RunError(f"{self.calibration_file} is that of an earlier checkpoint. {again}")
+        return found
+
+    def _checkpoint_digest(self) -> str:
+        with open(self.checkpoint, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def save_checkpoint(self, model: keras.Model) -> None:
         """Makes `model` the best checkpoint."""

@@ -9,7 +9,7 @@ from typing import Any
 from mvke_tf.config import OBJECTIVES, from_dict
 
 TOWERS = ("user", "item")
-TASK_KINDS = ("binary", "regression")
+TASK_KINDS = ("binary", "regression", "count", "multiclass")
 TRANSFORMS = ("log1p",)
 WEIGHTS_SUFFIX = "_weights"
 # Inputs of a batch of distinct entities: which user and which item each pair consists of.
@@ -94,14 +94,16 @@ class Task:
 
     Args:
         name: Name of the model output and of the label.
-        kind: `"binary"` (label 0 or 1) or `"regression"`.
+        kind: `"binary"` (label 0 or 1), `"regression"`, `"count"` (label 0, 1, 2, ...: the model learns a Poisson rate)
+            or `"multiclass"` (label: index of one of `classes`).
+        classes: Names of the classes of a multi-class task, two or more, in the order of the labels.
         given: Name of the binary task whose event comes first, as a click before a conversion.
         objective: How a task with `given` is learned: over all rows as p(event) · p(task given the event), ESMM's idea
             (Ma et al., SIGIR 2018; `"joint"`); p(task given the event) on the rows with that event only
             (`"conditional"`), put out as that product where the model has the other task; or over all rows as one
             probability, as if there were no event before (`"marginal"`). Without influence on other tasks.
-        offset: Regression only: what the model adds to its inner product, for example the mean label, so that training
-            starts from there.
+        offset: Regression and count: what the model adds to its inner product, for example the mean label (count: the
+            logarithm of it), so that training starts from there.
         domain: Regression only: the lowest and the highest legal label; any by default.
         transform: Regression only: `"log1p"` if the model learns log(1 + label); serving and reports undo it.
         kernels: Indices of the virtual kernels that this task may select (MVKE), for example
@@ -112,6 +114,7 @@ class Task:
 
     name: str
     kind: str = "binary"
+    classes: tuple[str, ...] = dataclasses.field(default=(), metadata={"entries": str})
     given: str | None = None
     objective: str = "joint"
     offset: float = 0.0
@@ -126,12 +129,20 @@ class Task:
                 raise ValueError(
                     f"Task {self.name!r}: `{name}` must be one of {legal}. Received: {getattr(self, name)!r}"
                 )
-        if self.kind == "regression" and self.given is not None:
+        object.__setattr__(self, "classes", tuple(self.classes))
+        if self.kind != "binary" and self.given is not None:
             raise ValueError(f"Task {self.name!r}: `given` is for binary tasks. Received: {self.given!r}")
-        if self.kind == "binary" and (self.offset or self.domain is not None or self.transform):
+        if self.kind != "regression" and (self.domain is not None or self.transform):
             raise ValueError(
-                f"Task {self.name!r}: `offset`, `domain` and `transform` are for regression tasks. "
-                f"Received: offset={self.offset}, domain={self.domain}, transform={self.transform}"
+                f"Task {self.name!r}: `domain` and `transform` are for regression tasks. "
+                f"Received: domain={self.domain}, transform={self.transform}"
+            )
+        if self.kind not in ("regression", "count") and self.offset:
+            raise ValueError(f"Task {self.name!r}: `offset` is for regression and count tasks. Received: {self.offset}")
+        if (self.kind == "multiclass") != (len(self.classes) > 1) or len(set(self.classes)) < len(self.classes):
+            raise ValueError(
+                f"Task {self.name!r}: `classes` are two or more different names of a multi-class task, of no other. "
+                f"Received: kind={self.kind!r}, classes={self.classes}"
             )
         for name in ("kernels", "experts", "domain"):
             if getattr(self, name) is not None:

@@ -21,21 +21,33 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=positive_int, default=5, help="seeds of data and weights, at least 2")
     parser.add_argument("--steps", type=positive_int, default=4000, help="steps of each training")
+    parser.add_argument(
+        "--learning_rates", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2], help="searched for each model"
+    )
     parser.add_argument("--points", type=positive_int, default=20, help="points of each curve; divides --steps")
     args = parser.parse_args()
 
-    from mvke_tf.experiments.mmoe_paper import ExperimentConfig, results_table, run_experiment, verdict, write_results
+    from mvke_tf.experiments.mmoe_paper import (
+        ExperimentConfig,
+        results_table,
+        run_experiment,
+        searched,
+        verdict,
+        write_results,
+    )
 
-    config = ExperimentConfig(steps=args.steps, points=args.points)
+    config = ExperimentConfig(steps=args.steps, points=args.points, learning_rates=tuple(args.learning_rates))
     try:
         cells = run_experiment(args.output_dir, args.correlations, args.seeds, config)
     except KeyboardInterrupt:
         print(f"\nInterrupted. The same command goes on where {args.output_dir} ends.", file=sys.stderr)
         sys.exit(130)
     table, picture = write_results(cells, args.output_dir)
+    best = searched(cells)
     print(
-        f"\nFinal test loss, mean ± 95 % interval of {args.seeds} seeds\n\n{results_table(cells)}\n\n{verdict(cells)}"
+        f"\nFinal test loss, mean ± 95 % interval of {args.seeds} seeds (best learning rate)\n\n{results_table(best)}"
     )
+    print(f"\n{verdict(best)}")
     print(f"\nFigure: {picture}   Losses: {table}")
 
 

@@ -24,6 +24,16 @@ def test_task_loss_is_the_mean_over_the_rows_that_count(kind, expected):
     assert float(loss(LABELS, OUTPUTS, sample_weight=0 * WEIGHTS)) == 0.0
 
 
+def test_losses_of_counts_and_classes_by_hand():
+    labels = np.array([[2.0], [0.0], [1.0]])
+    expected = np.exp(OUTPUTS) - labels * OUTPUTS
+    assert_close(task_loss("count")(labels, OUTPUTS, sample_weight=WEIGHTS), expected[[0, 2]].mean())
+    logits = np.array([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = -(log_probabilities[0, 2] + log_probabilities[2, 1]) / 2
+    assert_close(task_loss("multiclass")(labels, logits, sample_weight=WEIGHTS), expected)
+
+
 def small_model() -> keras.Model:
     keras.utils.set_random_seed(0)
     inputs = keras.Input((3,), name="x")
@@ -33,7 +43,9 @@ def small_model() -> keras.Model:
 def test_losses_by_kind():
     losses = task_losses(KINDS)
     assert [type(losses[task]) for task in KINDS] == [keras.losses.BinaryCrossentropy, keras.losses.MeanSquaredError]
-    with pytest.raises(ValueError, match=r"one of \('binary', 'regression'\). Received: 'bianry'"):
+    with pytest.raises(
+        ValueError, match=r"one of \('binary', 'regression', 'count', 'multiclass'\). Received: 'bianry'"
+    ):
         task_losses({"click": "bianry"})
 
 

@@ -8,8 +8,10 @@ from mvke_tf.metrics import (
     auc,
     binary_metrics,
     calibration_error,
+    count_metrics,
     gauc,
     log_loss,
+    multiclass_metrics,
     regression_metrics,
     value_bins,
 )
@@ -167,3 +169,27 @@ def test_without_users_there_is_no_gauc():
     expected = binary_metrics(LABELS, SCORES, users)
     expected.pop("gauc")
     assert binary_metrics(LABELS, SCORES) == expected
+
+
+def test_count_metrics_by_hand():
+    """2 (y ln(y / rate) - y + rate): 2 (2 ln 2 - 1), and 2 of a 0 at rate 1."""
+    measured = count_metrics(np.array([2, 0]), np.array([1.0, 1.0]))
+    assert measured["poisson_deviance"] == pytest.approx((2 * (2 * np.log(2) - 1) + 2) / 2)
+    assert measured["mae"] == 1.0 and measured["rows"] == 2
+    assert count_metrics(np.array([]), np.array([]))["poisson_deviance"] is None
+    with pytest.raises(ValueError, match="whole numbers of at least 0"):
+        count_metrics(np.array([0.5]), np.array([1.0]))
+
+
+def test_multiclass_metrics_by_hand():
+    probabilities = np.array([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.5, 0.4, 0.1]])
+    measured = multiclass_metrics(np.array([0, 1, 1]), probabilities)
+    # Class 0 is above both others, class 1 once below the row of class 0 and never; no row has class 2.
+    assert measured["macro_auc"] == pytest.approx((1.0 + 1.0) / 2)
+    assert measured["accuracy"] == pytest.approx(2 / 3)
+    assert measured["log_loss"] == pytest.approx(-np.log([0.6, 0.5, 0.4]).mean())
+    assert multiclass_metrics(np.array([]), np.zeros((0, 3)))["macro_auc"] is None
+    with pytest.raises(ValueError, match="indices below 3"):
+        multiclass_metrics(np.array([3]), probabilities[:1])
+    with pytest.raises(ValueError, match="sum to 1"):
+        multiclass_metrics(np.array([0]), np.array([[0.5, 0.6]]))

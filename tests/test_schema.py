@@ -87,7 +87,10 @@ def test_rejects_features(changes, message):
 
 
 def test_rejects_another_kind_of_task():
-    with pytest.raises(ValueError, match=r"`kind` must be one of \('binary', 'regression'\). Received: 'ranking'"):
+    with pytest.raises(
+        ValueError,
+        match=r"`kind` must be one of \('binary', 'regression', 'count', 'multiclass'\). Received: 'ranking'",
+    ):
         Task("click", "ranking")
 
 
@@ -143,7 +146,7 @@ def test_rejects_unknown_settings():
     ("task", "message"),
     [
         ({"kind": "regression", "given": "click"}, "`given` is for binary tasks"),
-        ({"offset": 1.0}, "`offset`, `domain` and `transform` are for regression tasks. Received: offset=1.0"),
+        ({"offset": 1.0}, "`offset` is for regression and count tasks. Received: 1.0"),
         ({"domain": (0, 1)}, "`transform` are for regression tasks"),
         ({"transform": "log1p"}, "`transform` are for regression tasks. .*, transform=log1p"),
         (

@@ -1,7 +1,7 @@
 """One user explained: the items that a model puts highest, and what each expert contributes to that.
 
 Every output is made of `logit = Σ_e g_e ⟨expert_e(user), tag(item)⟩`. (With `Task(given=...)` that is the logit given
-the event before; with a regression task, the value less a constant.)
+the event before; with a regression or count task, the output less a constant.) A multi-class task has no such sum.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def explain_user(
         `expert`; `weight` g_e, `score` ⟨expert_e, tag⟩, `contribution` g_e ⟨expert_e, tag⟩; `logit`, the sum of the
         contributions of the item (of a task that another event comes before, the logit given that event; of a
         regression task, the value less its constant); `prediction`, a probability, or a value in the unit of the
-        label. Tasks without a gate have no rows.
+        label. Tasks without a gate, and multi-class tasks, have no rows.
 
     Raises:
         ConfigError: If the model has no gates.
@@ -59,9 +59,13 @@ def explain_user(
     if top < 1 or not len(items):
         raise ValueError(f"Expected `top` of at least 1 and an item to rank. Received: top={top}, {len(items)} items")
     row = np.array([user_row])
-    gates = study.gates
+    gates = {task: gate for task, gate in study.gates.items() if task in model.ranked_tasks}
     if model.gate_side == "user":
-        weights = {task: np.repeat(own, len(items), axis=0) for task, own in gate_weights(model, users, row).items()}
+        weights = {
+            task: np.repeat(own, len(items), axis=0)
+            for task, own in gate_weights(model, users, row).items()
+            if task in gates
+        }
     else:
         weights = {task: gate.weights[items] for task, gate in gates.items()}
     outputs = run_model(expert_part(model), users, row)[0].astype(np.float64)
@@ -96,7 +100,7 @@ def explain_user(
 def _predictions(study: Study, user: np.ndarray, items: np.ndarray, logits: dict[str, np.ndarray]) -> dict:
     """Predictions of all tasks for one user and some items, from the logits of the tasks with a gate."""
     model, products = study.model, dict(logits)
-    others = [task for task in model.task_names if task not in logits]
+    others = [task for task in model.ranked_tasks if task not in logits]
     if others:
         users = vectors_of(model.user_tower, study.table("user"), user)
         vectors = vectors_of(model.item_tower, study.table("item"), study.source_items[items])

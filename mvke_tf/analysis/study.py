@@ -146,7 +146,7 @@ class Study:
         return np.stack([np.einsum("nd,nd->n", output, tags, dtype=np.float64) for output in outputs], axis=1)
 
     def products(self, tasks: Sequence[str]) -> dict[str, np.ndarray]:
-        """Inner products of user and item vectors of all interactions, `{task: (n,)}` float64."""
+        """Inner products of user and item vectors of all interactions, `{task: (n,)}` float64; no multi-class tasks."""
         if not tasks:
             return {}
         users = vectors_of(self.model.user_tower, self.table("user"), self.source_users)

@@ -135,24 +135,25 @@ def gate_effect(study: Study) -> pd.DataFrame:
     `"without expert e"`, its weight goes to the others in proportion (to all alike where it had everything).
 
     Args:
-        study: A two-tower model and data; tasks without labels have no rows.
+        study: A two-tower model and data; tasks without labels, and multi-class tasks, have no rows.
 
     Returns:
         One row per task and change, `"as trained"` first: `task`, `change`, `expert` (-1 where none is removed),
-        `metric` (`"auc"`, or `"rmse"` of a regression task, in the unit of the label), `value`, `difference` to the
-        model as trained, and `impressions`, those with a label. NaN where the metric is not defined, as an AUC of one
-        class.
+        `metric` (`"auc"`, or `"rmse"` of a regression or count task, in the unit of the label), `value`,
+        `difference` to the model as trained, and `impressions`, those with a label. NaN where the metric is not
+        defined, as an AUC of one class.
 
     Raises:
         ConfigError: If the model has no gates.
     """
     products, parts = {}, {}
-    for task, gate in study.gates.items():
+    gates = {task: gate for task, gate in study.gates.items() if task in study.model.ranked_tasks}
+    for task, gate in gates.items():
         parts[task] = study.scores(task), gate.weights[study.rows(gate.side)]
         products[task] = np.sum(parts[task][0] * parts[task][1], axis=1)
-    products |= study.products([task for task in study.model.task_names if task not in study.gates])
+    products |= study.products([task for task in study.model.ranked_tasks if task not in gates])
     rows = []
-    for task, gate in study.gates.items():
+    for task, gate in gates.items():
         if task not in study.labels:
             continue
         scores, weights = parts[task]
@@ -172,7 +173,7 @@ def gate_effect(study: Study) -> pd.DataFrame:
                     "task": task,
                     "change": change,
                     "expert": expert,
-                    "metric": "rmse" if study.model.kinds[task] == "regression" else "auc",
+                    "metric": "auc" if study.model.kinds[task] == "binary" else "rmse",
                     "value": value,
                     "difference": value - trained,
                     "impressions": int(np.isfinite(study.labels[task]).sum()),
@@ -195,7 +196,7 @@ def _metric(study: Study, task: str, products: dict[str, np.ndarray]) -> float:
     outputs = study.model.outputs_of_products(products)
     labels = study.labels[task]
     known = np.isfinite(labels)
-    if study.model.kinds[task] == "regression":
+    if study.model.kinds[task] != "binary":
         values = ops.convert_to_numpy(study.model.predictions({task: outputs[task]})[task]).astype(np.float64)
         return math.sqrt(np.mean(np.square(values[known] - labels[known]))) if known.any() else math.nan
     # Logits order rows like probabilities, without rounding many of them to 1.

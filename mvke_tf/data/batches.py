@@ -53,8 +53,8 @@ class Interactions:
         """Does nothing if every pair of a weight above 0 has a label that its task allows.
 
         Raises:
-            ValueError: If a task has no labels, a label of a binary task is neither 0 nor 1, or one of a regression
-                task is not finite or outside the task's domain.
+            ValueError: If a task has no labels, or a label is not what its kind allows: 0 or 1, a finite number of the
+                domain of a regression, a whole number from 0 of a count, the index of a class.
         """
         for task in tasks:
             if task.name not in self.labels:
@@ -64,6 +64,14 @@ class Interactions:
                 labels = labels[self.weights[task.name] > 0]
             if task.kind == "binary":
                 legal, expected = np.isin(labels, (0, 1)), "0 or 1"
+            elif task.kind == "count":
+                legal = np.isfinite(labels) & (labels >= 0) & (labels == np.floor(labels))
+                expected = "whole numbers of at least 0"
+            elif task.kind == "multiclass":
+                legal, expected = (
+                    np.isin(labels, range(len(task.classes))),
+                    f"indices of the {len(task.classes)} classes",
+                )
             else:
                 low, high = task.domain or (-np.inf, np.inf)
                 expected = f"in [{low}, {high}]"

@@ -62,11 +62,12 @@ class TaskReport:
 
     Args:
         name: Its name.
-        kind: `"binary"` or `"regression"`.
+        kind: One of `mvke_tf.schema.TASK_KINDS`.
         label: Its label, as declared.
         rows: Number of rows that count.
-        mean: Share of events among them, or mean label (not transformed); NaN without a row.
-        deviation: Standard deviation of the label.
+        mean: Share of events among them, share of the commonest class, or mean label (not transformed); NaN without a
+            row.
+        deviation: Standard deviation of the label (multi-class: of its index).
     """
 
     name: str
@@ -364,8 +365,11 @@ class _Check:
             mean, deviation = (float(labels.mean()), float(labels.std())) if len(labels) else (np.nan, np.nan)
             if not len(labels):
                 self._warn(place, "no row counts.")
-            elif task.kind == "regression" and deviation == 0.0:
-                self._warn(place, f"the label is {mean:g} in all rows that count, so that there is nothing to learn.")
+            elif task.kind != "binary" and deviation == 0.0:
+                only = task.class_names[int(mean)] if task.class_names else f"{mean:g}"
+                self._warn(place, f"the label is {only} in all rows that count, so that there is nothing to learn.")
+            if task.kind == "multiclass" and len(labels):
+                mean = float(np.bincount(labels.astype(int)).max() / len(labels))
             yield TaskReport(task.name, task.kind, task.label, len(labels), mean, deviation)
 
     def _parts(self) -> dict[str, int] | None:
@@ -425,6 +429,8 @@ def _outcome(task: TaskReport) -> str:
         return ""
     if task.kind == "binary":
         return f"{round(task.mean * task.rows):,} ({task.mean:.2%})"
+    if task.kind == "multiclass":
+        return f"commonest {task.mean:.2%}"
     return f"{task.mean:.4g} ± {task.deviation:.4g}"
 
 

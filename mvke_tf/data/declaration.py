@@ -63,6 +63,7 @@ MOST_INDICES = 2**31 - 2
 MOST_LENGTH = 10_000
 MOST_BINS = 65_536
 MOST_WIDTH = 65_536
+MOST_CLASSES = 1_000
 MOST_SEED = 2**32 - 1
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -655,9 +656,11 @@ class TaskDeclaration:
 
     Args:
         name: Name of the model output.
-        label: Column (0, 1 or boolean; a number of a regression), or a SQL condition such as `"price >= 4"`. A row in
-            which it is null does not count for this task.
-        kind: `"binary"` (label 0 or 1) or `"regression"`.
+        label: Column (0, 1 or boolean; a number of a regression, a whole one of a count, one of `classes`), or a SQL
+            condition such as `"price >= 4"`. A row in which it is null does not count for this task.
+        kind: `"binary"` (label 0 or 1), `"regression"`, `"count"` (0, 1, 2, ...; a Poisson rate is learned) or
+            `"multiclass"` (one of `classes`; a probability of each is learned).
+        classes: Multi-class only: the legal labels, two or more texts or numbers.
         given: Name of the binary task whose event comes first, as a click before a purchase.
         objective: How a task with `given` is learned: over all rows as p(event) · p(task given the event) (`"joint"`),
             on the rows with that event only (`"conditional"`), or over all rows as one probability (`"marginal"`).
@@ -671,6 +674,7 @@ class TaskDeclaration:
     name: str
     label: Condition = ""
     kind: str = "binary"
+    classes: tuple[Any, ...] | None = None
     given: str | None = None
     objective: str = "joint"
     where: Condition | None = None
@@ -685,14 +689,13 @@ class TaskDeclaration:
         if not self.label:
             raise WrongValueError(place, "`label` must be given: a column or a SQL condition. Received: no `label`")
         _check_sql(place, self, "label", "where")
-        regression = self.kind == "regression"
-        for key in ("given",) if regression else ("transform", "domain"):
-            if getattr(self, key) is not None:
+        for key, kind in {"given": "binary", "transform": "regression", "domain": "regression"}.items():
+            if getattr(self, key) is not None and self.kind != kind:
                 raise WrongValueError(
                     place,
-                    f"`{key}` is for {'binary' if regression else 'regression'} tasks. "
-                    f"Received: {short(getattr(self, key))} and kind = {short(self.kind)}",
+                    f"`{key}` is for {kind} tasks. Received: {short(getattr(self, key))} and kind = {short(self.kind)}",
                 )
+        self._check_classes(place)
         if self.objective != "joint" and self.given is None:
             raise WrongValueError(place, f"`objective` needs `given`. Received: {short(self.objective)} and no `given`")
         if self.domain is not None:
@@ -706,6 +709,31 @@ class TaskDeclaration:
                     place,
                     f'`domain` must lie above -1 with transform = "log1p". Received: {short(list(self.domain))}',
                 )
+
+    def _check_classes(self, place: str) -> None:
+        classes = self.classes
+        if (self.kind == "multiclass") != (classes is not None):
+            raise WrongValueError(
+                place,
+                f'`classes` goes with kind = "multiclass". Received: kind = {short(self.kind)} and '
+                f"{'no `classes`' if classes is None else short(list(classes))}",
+            )
+        if classes is None:
+            return
+        of_one_type = all(isinstance(value, str) for value in classes) or not any(
+            isinstance(value, (str, bool)) for value in classes
+        )
+        if not 2 <= len(classes) <= MOST_CLASSES or len(set(self.class_names)) < len(classes) or not of_one_type:
+            raise WrongValueError(
+                place,
+                f"`classes` must be 2 to {MOST_CLASSES:,} different texts, or as many numbers. "
+                f"Received: {short(list(classes))}",
+            )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes of a multi-class task, in the order of their indices."""
+        return tuple(value if isinstance(value, str) else f"{value:.15g}" for value in self.classes or ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1178,9 +1206,10 @@ class Dataset:
                 raise WrongValueError(place, f"needs `{key}` in [keys]. Received: no {key} key")
         if not self.negatives.future and self.source.time is None:
             raise WrongValueError(place, "needs `time` in [source], or `future = true`. Received: no time column")
-        if all(task.kind == "regression" for task in self.tasks):
+        if all(task.kind != "binary" for task in self.tasks):
+            kinds = words(sorted({task.kind for task in self.tasks}))
             raise WrongValueError(
-                place, "needs a binary task, of which it adds rows with label 0. Received: regressions only"
+                place, f"needs a binary task, of which it adds rows with label 0. Received: tasks of the kinds {kinds}"
             )
 
     @property

@@ -142,11 +142,9 @@ def prepare(dataset: Dataset, tables: Tables | None = None) -> PreparedDataset:
         time=time,
         sampled=sampled,
         offsets={
-            task.name: round(
-                float(np.average(labels[task.name][parts == 0], weights=weights[task.name][parts == 0])), 4
-            )
+            task.name: _offset(task, labels[task.name][parts == 0], weights[task.name][parts == 0])
             for task in dataset.tasks
-            if task.kind == "regression"
+            if task.kind in ("regression", "count")
         },
     )
     if dataset.groups is not None:
@@ -155,13 +153,21 @@ def prepare(dataset: Dataset, tables: Tables | None = None) -> PreparedDataset:
     return prepared
 
 
+def _offset(task: TaskDeclaration, labels: np.ndarray, weights: np.ndarray) -> float:
+    """From where a model starts to learn: the mean label, or the logarithm of that of counts."""
+    mean = float(np.average(labels, weights=weights))
+    # Of counts that are all 0, a rate that is nearly 0.
+    return round(float(np.log(max(mean, 1e-4))) if task.kind == "count" else mean, 4)
+
+
 def describe(prepared: PreparedDataset) -> str:
-    """What a preparation made, one line per part: rows, positives of binary tasks, mean of regressions, new entities.
+    """What a preparation made, one line per part: rows, positives, mean labels, commonest classes, new entities.
 
     New users and items occur in no training row that was not sampled.
     """
     heads = ["part", "rows"]
-    heads += [f"{'positive' if task.kind == 'binary' else 'mean'} {task.name}" for task in prepared.dataset.tasks]
+    shown = {"binary": "positive", "multiclass": "commonest"}
+    heads += [f"{shown.get(task.kind, 'mean')} {task.name}" for task in prepared.dataset.tasks]
     new = {
         side: ~prepared.known(side)[rows]
         for side, rows, has in (
@@ -178,6 +184,9 @@ def describe(prepared: PreparedDataset) -> str:
             label, weight = prepared.label(task.name)[of_part], prepared.weight(task.name)[of_part]
             if task.kind == "binary":
                 line.append(f"{int((label * (weight > 0)).sum()):,}")
+            elif task.kind == "multiclass" and weight.any():
+                numbers = np.bincount(label[weight > 0].astype(int), minlength=len(task.class_names))
+                line.append(f"{task.class_names[numbers.argmax()]} ({numbers.max() / numbers.sum():.1%})")
             else:
                 line.append(f"{np.average(label, weights=weight):.4g}" if weight.any() else "none")
         line += [f"{flags[of_part].mean():.1%}" if of_part.any() else "none" for flags in new.values()]
@@ -529,7 +538,7 @@ def _labels(rows: _Rows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     weights: dict[str, np.ndarray] = {}
     for task in rows.dataset.tasks:
         place = f"[tasks.{task.name}]"
-        stored = rows.value(task.label, f"{place} label")
+        stored = _classes(rows, task, place) if task.classes else rows.value(task.label, f"{place} label")
         counts = stored.is_not_null().to_numpy()
         if task.where is not None:
             counts = counts & rows.condition(task.where, f"{place} where")
@@ -557,9 +566,23 @@ def _labels(rows: _Rows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return labels, weights
 
 
+def _classes(rows: _Rows, task: TaskDeclaration, place: str) -> pl.Series:
+    """The index of each row's class, -1 of a label that is none, null where there is no label."""
+    index = np.full(len(rows), -1.0)
+    for number, value in enumerate(task.classes or ()):
+        literal = "'" + value.replace("'", "''") + "'" if isinstance(value, str) else repr(value)
+        index[rows.condition(f"({task.label}) = {literal}", f"{place} label")] = number
+    known = rows.condition(f"({task.label}) IS NOT NULL", f"{place} label")
+    return pl.Series(np.where(known, index, np.nan)).fill_nan(None)
+
+
 def _check_labels(rows: _Rows, task: TaskDeclaration, label: np.ndarray, counts: np.ndarray) -> None:
     if task.kind == "binary":
         wrong, expected = (label != 0) & (label != 1), "0 or 1"
+    elif task.kind == "multiclass":
+        wrong, expected = label < 0, f"one of the classes {', '.join(task.class_names)}"
+    elif task.kind == "count":
+        wrong, expected = ~(np.isfinite(label) & (label >= 0) & (label % 1 == 0)), "a whole number of at least 0"
     else:
         wrong, expected = ~np.isfinite(label), "a finite number"
         if not wrong.any() and task.transform == "log1p":
@@ -572,7 +595,7 @@ def _check_labels(rows: _Rows, task: TaskDeclaration, label: np.ndarray, counts:
         row = int(wrong.argmax())
         raise DataError(
             f"{rows.place(row)}: [tasks.{task.name}] label = {task.label!r}: expected {expected}. "
-            f"Received: {label[row]:g}."
+            f"Received: {'another value' if task.kind == 'multiclass' else f'{label[row]:g}'}."
         )
 
 

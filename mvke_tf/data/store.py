@@ -126,7 +126,7 @@ class PreparedDataset:
         weights: Weight of each interaction per task, `{task: (n,)}`; 0 where it does not count.
         time: Moment of each interaction, `(n,)`, in milliseconds since 1970; None if none is declared.
         sampled: Which interactions are sampled negatives, `(n,)` bool; none by default.
-        offsets: Mean (transformed) label of the training part, per regression task.
+        offsets: Mean (transformed) label of the training part, per regression task; its logarithm, per count task.
         folder: Where it has been loaded from.
 
     Raises:
@@ -314,6 +314,7 @@ class PreparedDataset:
                 Task(
                     task.name,
                     task.kind,
+                    classes=task.class_names,
                     given=task.given if task.given in names else None,
                     objective=self._objective(task, objective),
                     offset=self.offsets.get(task.name, 0.0),

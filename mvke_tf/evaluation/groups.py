@@ -12,12 +12,17 @@ from mvke_tf.data.groups import FEW_ROWS, SMALL_SHARE, Grouping, is_small
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.evaluation.outcomes import Outcome
 from mvke_tf.figures import BLUE, plain_text
-from mvke_tf.metrics import auc
+from mvke_tf.metrics import auc, poisson_deviance
 
 ALL = "all"
 # Groups that a picture can show.
 MOST_GROUPS = 40
-_METRICS = {"binary": ("auc", "AUC"), "regression": ("rmse", "RMSE (unit of the label)")}
+_METRICS = {
+    "binary": ("auc", "AUC"),
+    "regression": ("rmse", "RMSE (unit of the label)"),
+    "count": ("poisson_deviance", "mean Poisson deviance"),
+    "multiclass": ("accuracy", "accuracy"),
+}
 
 
 def group_metrics(
@@ -33,8 +38,9 @@ def group_metrics(
 
     Returns:
         One row per task and group with rows: `task`, `variable`, `group`, `rows` (those that count for the task),
-        `positives` and `auc` of a binary task, `rmse` of a regression, `mean_prediction` and `mean_label`. All rows are
-        the group `"all"` of the variable `"all"`. What is not defined, as an AUC of one class, is NaN.
+        `positives` and `auc` of a binary task, `rmse` of a regression, `poisson_deviance` of a count, `accuracy` of a
+        multi-class task, `mean_prediction` and `mean_label` (of all but the last). All rows are the group `"all"` of
+        the variable `"all"`. What is not defined, as an AUC of one class, is NaN.
     """
     rows = prepared.part_rows(part)
     entities = {"user": prepared.user_row[rows], "item": prepared.item_row[rows]}
@@ -49,12 +55,19 @@ def group_metrics(
             if chosen.any():
                 group = {"task": outcome.task, "variable": variable, "group": name}
                 measured.append(group | _metrics(outcome.kind, outcome.labels[chosen], outcome.values[chosen]))
-    columns = ("task", "variable", "group", "rows", "positives", "auc", "rmse", "mean_prediction", "mean_label")
+    columns = [
+        *("task", "variable", "group", "rows", "positives", "auc", "rmse", "poisson_deviance", "accuracy"),
+        *("mean_prediction", "mean_label"),
+    ]
     return pd.DataFrame(measured, columns=columns).astype({"positives": "Int64"})
 
 
 def _metrics(kind: str, labels: np.ndarray, values: np.ndarray) -> dict[str, float]:
+    if kind == "multiclass":
+        return {"rows": len(labels), "accuracy": float(np.mean(values.argmax(axis=1) == labels))}
     means = {"rows": len(labels), "mean_prediction": float(values.mean()), "mean_label": float(labels.mean())}
+    if kind == "count":
+        return means | {"poisson_deviance": poisson_deviance(labels, values)}
     if kind == "binary":
         return means | {"positives": int(labels.sum()), "auc": auc(labels, values)}
     return means | {"rmse": float(np.sqrt(np.mean(np.square(values - labels))))}
@@ -66,7 +79,7 @@ def groups_figure(frame: pd.DataFrame, grouping: Grouping, kinds: dict[str, str]
     Args:
         frame: As `group_metrics` makes it.
         grouping: Its groups to show; of more than `MOST_GROUPS` those with the most rows.
-        kinds: `{task: "binary" | "regression"}`.
+        kinds: `{task: kind}`.
         part: Name of the part, for the title.
     """
     shown = frame[frame["variable"] == grouping.variable]

@@ -11,7 +11,7 @@ from keras import ops
 from mvke_tf.inference.collect import as_interactions, collect, known_labels
 from mvke_tf.inference.predictions import predict
 from mvke_tf.inference.vectors import TILE_ROWS
-from mvke_tf.metrics import binary_metrics, regression_metrics
+from mvke_tf.metrics import task_metrics
 from mvke_tf.models import TwoTowerModel
 
 Metrics = dict[str, dict[str, float | int | None]]
@@ -27,18 +27,18 @@ def evaluate_multitask_model(
     """Metrics of every task of a model.
 
     Args:
-        model: A two-tower model; with `kinds` any model of `{task: (B, 1)}`, logits of binary tasks and values of
-            regression tasks, such as the plain MMoE's.
+        model: A two-tower model; with `kinds` any model of `{task: (B, 1)}`, logits of binary tasks, values of
+            regression tasks, such as the plain MMoE's, logarithms of the rates of count tasks (multi-class: `(B, C)`).
         dataset: A finite `tf.data.Dataset` of (features, labels); of a two-tower model also `Interactions` or
             `Batches`.
         user_feature: The feature whose values are the users of the metric `gauc`; by default each distinct row of user
             features is one. Another model than a two-tower model has no `gauc`.
         batch_size: Rows per step; without influence on the result, but for its last digits.
-        kinds: `{task: "binary" or "regression"}`; a two-tower model knows its own.
+        kinds: `{task: kind}`; a two-tower model knows its own.
 
     Returns:
-        `{task: metrics}`: of a binary task those of `mvke_tf.metrics.binary_metrics`, of a regression task those of
-        `regression_metrics`, in the unit of the label. Rows without a label (NaN, or sample weight 0) do not count.
+        `{task: metrics}` as of `mvke_tf.metrics.task_metrics`, in the unit of the label. Rows without a label (NaN, or
+        sample weight 0) do not count.
 
     Raises:
         ValueError: If the model is no two-tower model and there are no `kinds`, labels or the feature of the users are
@@ -48,7 +48,7 @@ def evaluate_multitask_model(
         return _evaluate_any(model, dataset, kinds, batch_size)
     if not isinstance(model, TwoTowerModel):
         raise ValueError(
-            "Expected `kinds`, {task: 'binary' or 'regression'}, of a model that is no two-tower model. "
+            "Expected `kinds`, {task: 'binary', 'regression', ...}, of a model that is no two-tower model. "
             f"Received: {model.name!r} without them"
         )
     pairs = as_interactions(model, dataset)
@@ -62,11 +62,8 @@ def evaluate_multitask_model(
     measured: Metrics = {}
     for task, kind in model.kinds.items():
         known = np.isfinite(labels[task])
-        if kind == "binary":
-            measured[task] = binary_metrics(labels[task][known], values[task][known], users[known])
-        else:
-            label = labels[task][known] if model.transforms[task] is None else np.expm1(labels[task][known])
-            measured[task] = regression_metrics(label, values[task][known])
+        label = labels[task][known] if model.transforms[task] is None else np.expm1(labels[task][known])
+        measured[task] = task_metrics(kind, label, values[task][known], users[known])
     return measured
 
 
@@ -78,12 +75,11 @@ def _evaluate_any(model: keras.Model, dataset: object, kinds: Mapping[str, str],
     measured: Metrics = {}
     for task, kind in kinds.items():
         known = np.isfinite(labels[task])
-        values = np.asarray(outputs[task], np.float64).reshape(-1)[known]
-        if kind == "binary":
-            probabilities = ops.convert_to_numpy(ops.sigmoid(values)).astype(np.float64)
-            measured[task] = binary_metrics(labels[task][known], probabilities)
-        else:
-            measured[task] = regression_metrics(labels[task][known], values)
+        output = np.asarray(outputs[task], np.float64)[known]
+        output = output if kind == "multiclass" else output[:, 0]
+        link = {"binary": ops.sigmoid, "count": ops.exp, "multiclass": ops.softmax}.get(kind)
+        values = output if link is None else ops.convert_to_numpy(link(output)).astype(np.float64)
+        measured[task] = task_metrics(kind, labels[task][known], values)
     return measured
 
 

@@ -32,9 +32,10 @@ class Outcome:
 
     Args:
         task: Name of the task.
-        kind: `"binary"` or `"regression"`.
+        kind: One of `mvke_tf.schema.TASK_KINDS`.
         labels: `(n,)` float64, in the unit of the label; means nothing where a row does not count.
-        values: `(n,)` float64, predicted probabilities, or values in the unit of the label.
+        values: `(n,)` float64, predicted probabilities, or values in the unit of the label; of a multi-class task
+            `(n, C)`, probabilities.
         counts: `(n,)` bool, which rows count for the task: those with a label that `where` takes. Each counts once,
             whatever its weight in training.
         given: The same given the event that is declared to come first; None of a task without.
@@ -59,9 +60,9 @@ def outcomes(
 
     Args:
         predicted: `{task: (n,)}`, in the order of `prepared.part_rows(part)`: probabilities, or values of a regression
-            in the unit of the label.
+            in the unit of the label; of a multi-class task `(n, C)`.
         conditional: `{task: (n,)}`, probabilities given the event before the task, where `predicted` has others.
-        kinds: `{task: "binary" | "regression"}`.
+        kinds: `{task: kind}`.
         prepared: The data.
         part: `"train"`, `"validation"` or `"test"`.
 
@@ -73,7 +74,7 @@ def outcomes(
     rows = part_rows(prepared, part)
     found = []
     for task, values in predicted.items():
-        if np.shape(values) != rows.shape:
+        if np.shape(values)[:1] != rows.shape or np.ndim(values) != 1 + (kinds[task] == "multiclass"):
             raise ValueError(
                 f"Expected a prediction of task {task!r} for each of the {len(rows):,} rows of the {part} part. "
                 f"Received: shape {np.shape(values)}"

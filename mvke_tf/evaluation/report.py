@@ -23,7 +23,7 @@ from mvke_tf.figures import calibration_figure, regression_figure, roc_figure, s
 from mvke_tf.inference.predictions import predict
 from mvke_tf.inference.vectors import TILE_ROWS
 from mvke_tf.io import atomic_write, csv_safe, read_json, write_json
-from mvke_tf.metrics import auc, binary_metrics, defined, regression_metrics
+from mvke_tf.metrics import auc, defined, task_metrics
 from mvke_tf.models import TwoTowerModel
 from mvke_tf.run import Run
 
@@ -35,7 +35,7 @@ Report = dict[str, dict[str, Metrics]]
 _USERS = {"all": "{part}", "warm": "{part}_warm_users", "cold": "{part}_cold_users"}
 _COLUMNS = (
     *("rows", "positives", "auc", "auc_given", "gauc", "accuracy", "log_loss", "calibration_error"),
-    *("mse", "rmse", "mae"),
+    *("macro_auc", "poisson_deviance", "mse", "rmse", "mae"),
 )
 
 
@@ -50,7 +50,7 @@ def evaluate_model(model: TwoTowerModel, prepared: PreparedDataset, part: str, b
 
     Returns:
         The split `part`, and where users have ids `part_warm_users` and `part_cold_users`, each with the metrics of
-        `mvke_tf.metrics.binary_metrics` or `regression_metrics` per task, in the unit of the label, over the rows that
+        `mvke_tf.metrics.task_metrics` per task, in the unit of the label, over the rows that
         count for it. `gauc` is among them where users have ids. Tasks that are declared with `given` also have
         `auc_given`, the AUC over the rows with that event: of the probability given the event, where the model has one.
 
@@ -58,10 +58,10 @@ def evaluate_model(model: TwoTowerModel, prepared: PreparedDataset, part: str, b
         ConfigError: If there is no such part, or a task of the model is not declared.
         DataError: If the part has no rows.
     """
-    return _report(_evaluate(model, prepared, part, batch_size), prepared, part)
+    return _report(outcomes_of(model, prepared, part, batch_size), prepared, part)
 
 
-def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS) -> Report:
+def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS, calibrated: bool = False) -> Report:
     """Evaluates the best checkpoint of a run, and writes its report, metrics by group, and pictures.
 
     Splits of other parts that are in the report already stay. The pictures are `<part>_roc.png` and
@@ -72,6 +72,7 @@ def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS) -> R
         run: The run.
         part: `"train"`, `"validation"` or `"test"`.
         batch_size: Rows per step; without influence on the result, but for its last digits.
+        calibrated: Whether binary predictions are those that an export gives after `calibrate_run`.
 
     Returns:
         The whole report, as in `run.report_file`.
@@ -79,14 +80,17 @@ def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS) -> R
     Raises:
         ConfigError: If there is no such part.
         DataError: If the data are damaged, or the part has no rows.
-        RunError: If the run has no checkpoint or no data, or its present report is damaged.
+        RunError: If the run has no checkpoint, no data, or not the calibration that is asked for, or its present report
+            is damaged.
     """
     merged = _read_report(run.report_file)
     prepared = run.prepared
     rows = len(part_rows(prepared, part))
-    model = run.load_model()
+    model = run.load_model(calibrated)
+    if calibrated and not model.calibration:
+        raise RunError(f"{run.folder} is not calibrated yet: mvke calibrate {run.folder} --method platt")
     logger.info("Evaluating %s on %s rows of the %s part ...", run.checkpoint, f"{rows:,}", part)
-    found = _evaluate(model, prepared, part, batch_size)
+    found = outcomes_of(model, prepared, part, batch_size)
     merged |= _report(found, prepared, part)
     groupings = groups(prepared)
     by_group = group_metrics(found, groupings, prepared, part)
@@ -117,7 +121,8 @@ def measure(
     return _report(outcomes(predicted, conditional, kinds, prepared, part), prepared, part)
 
 
-def _evaluate(model: TwoTowerModel, prepared: PreparedDataset, part: str, batch_size: int) -> tuple[Outcome, ...]:
+def outcomes_of(model: TwoTowerModel, prepared: PreparedDataset, part: str, batch_size: int) -> tuple[Outcome, ...]:
+    """What a model predicts of one part, beside what came of it; arguments as of `evaluate_model`."""
     part_rows(prepared, part)
     predictions = predict(model, prepared.part(part, model.task_names), batch_size)
     return outcomes(predictions.values, predictions.conditional, model.kinds, prepared, part)
@@ -138,9 +143,8 @@ def _report(found: Sequence[Outcome], prepared: PreparedDataset, part: str) -> R
 
 def _metrics(outcome: Outcome, chosen: np.ndarray, users: np.ndarray | None) -> Metrics:
     rows = chosen & outcome.counts
-    if outcome.kind == "regression":
-        return regression_metrics(outcome.labels[rows], outcome.values[rows])
-    metrics = binary_metrics(outcome.labels[rows], outcome.values[rows], None if users is None else users[rows])
+    chosen_users = None if users is None else users[rows]
+    metrics = task_metrics(outcome.kind, outcome.labels[rows], outcome.values[rows], chosen_users)
     if outcome.given is not None:
         rows = chosen & outcome.given.rows
         metrics["auc_given"] = defined(auc(outcome.labels[rows], outcome.given.values[rows]))
@@ -148,12 +152,13 @@ def _metrics(outcome: Outcome, chosen: np.ndarray, users: np.ndarray | None) -> 
 
 
 def _figures(found: Sequence[Outcome], part: str) -> dict[str, Figure]:
-    """Pictures of one part by name: ROC and calibration of binary tasks; regression."""
+    """Pictures of one part by name: ROC and calibration of binary tasks; mean labels of regressions and counts."""
     curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {"binary": {}, "given": {}, "regression": {}}
     for outcome in found:
         rows = outcome.counts
-        if rows.any():
-            curves[outcome.kind][outcome.task] = outcome.labels[rows], outcome.values[rows]
+        if rows.any() and outcome.kind != "multiclass":
+            kind = "binary" if outcome.kind == "binary" else "regression"
+            curves[kind][outcome.task] = outcome.labels[rows], outcome.values[rows]
         if outcome.given is not None and outcome.given.rows.any():
             rows = outcome.given.rows
             curves["given"][f"{outcome.task} given {outcome.given.task}"] = (

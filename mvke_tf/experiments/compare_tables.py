@@ -22,6 +22,8 @@ METRICS = {
     "auc": ("AUC", True),
     "auc_given": ("AUC given the event before", True),
     "rmse": ("RMSE", False),
+    "macro_auc": ("macro AUC", True),
+    "poisson_deviance": ("Poisson deviance", False),
     "gauc": ("GAUC", True),
     "accuracy": ("accuracy", True),
     "mae": ("MAE", False),
@@ -30,7 +32,7 @@ METRICS = {
     "calibration_error": ("calibration error", False),
 }
 # Metrics that say how well a task is learned, for the first table, the picture and the verdict.
-HEADLINE = ("auc", "auc_given", "rmse")
+HEADLINE = ("auc", "auc_given", "rmse", "macro_auc", "poisson_deviance")
 MEAN_AUC = "mean_auc"
 
 

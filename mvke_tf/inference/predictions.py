@@ -12,6 +12,7 @@ from keras import ops
 
 from mvke_tf.data.batches import Interactions
 from mvke_tf.inference.vectors import TILE_ROWS, Vectors, slices, vectors_of
+from mvke_tf.layers import LogitMap
 from mvke_tf.models import TwoTowerModel
 
 # Bounds of memory: vectors of so many bytes are held for each side, and pairs are multiplied so many at a time.
@@ -24,8 +25,8 @@ class Predictions:
     """Predictions for pairs, in their order.
 
     Args:
-        values: `{task: (n,)}` float64: probabilities of binary tasks, values of regression tasks in the unit of their
-            labels.
+        values: `{task: (n,)}` float64: probabilities of binary tasks, values of regression tasks and rates of count
+            tasks in the unit of their labels; `(n, C)` probabilities of the classes of multi-class tasks.
         conditional: `{task: (n,)}` float64, of the tasks in `model.given`: probabilities given the event before.
     """
 
@@ -48,19 +49,23 @@ def predict(model: TwoTowerModel, interactions: Interactions, batch: int = TILE_
         DataError: If a feature is missing.
         MvkeError: If an output is NaN or infinite.
     """
-    values = {task: np.empty(len(interactions)) for task in model.task_names}
+    classes = {task: (len(names),) for task, names in model.classes.items()}
+    values = {task: np.empty((len(interactions), *classes.get(task, ()))) for task in model.task_names}
+    class_vectors = {task: vectors.T for task, (vectors, _) in model.class_weights.items()}
     conditional = {task: np.empty(len(interactions)) for task in model.given}
     items, item_rows = _Items(model, interactions, batch), np.asarray(interactions.item_rows)
     for pairs, users, user_rows in _by_user(model, interactions, batch):
         for some in slices(len(pairs), PAIRS):
             vectors, rows = items.of(item_rows[pairs[some]])
+            met = {task: users[task][user_rows[some]] * vectors[task][rows] for task in model.task_names}
             products = {
-                task: np.sum(users[task][user_rows[some]] * vectors[task][rows], axis=1) for task in model.task_names
+                task: each @ class_vectors[task] if task in class_vectors else np.sum(each, axis=1)
+                for task, each in met.items()
             }
             joint = model.outputs_of_products(products)
             given = model.outputs_of_products(products, conditional=True) if conditional else {}
             for task in values:
-                values[task][pairs[some]] = _prediction(model, task, joint[task])
+                values[task][pairs[some]] = _prediction(model, task, joint[task], model.calibration.get(task))
             for task in conditional:
                 conditional[task][pairs[some]] = _prediction(model, task, given[task])
     return Predictions(values, conditional)
@@ -101,9 +106,16 @@ def _held_rows(tower: keras.Model) -> int:
     return max(1, HELD_BYTES // (4 * width))
 
 
-def _prediction(model: TwoTowerModel, task: str, output: Any) -> np.ndarray:
+def _prediction(model: TwoTowerModel, task: str, output: Any, calibration: LogitMap | None = None) -> np.ndarray:
     """`model.predictions` in float64, which not every backend has."""
     output = ops.convert_to_numpy(output).astype(np.float64)
+    if calibration is not None:
+        output = calibration(output, np)
     if model.kinds[task] == "binary":
         return np.exp(-np.logaddexp(0.0, -output))
+    if model.kinds[task] == "multiclass":
+        odds = np.exp(output - output.max(axis=-1, keepdims=True))
+        return odds / odds.sum(axis=-1, keepdims=True)
+    if model.kinds[task] == "count":
+        return np.exp(output)
     return output if model.transforms[task] is None else np.expm1(output)

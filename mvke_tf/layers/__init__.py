@@ -1,15 +1,20 @@
 """Keras layers of the multi-task models, in `keras.ops` only."""
 
+from mvke_tf.layers.balance import TaskBalance
+from mvke_tf.layers.calibration import CalibratedLogit, LogitMap
 from mvke_tf.layers.embedding import FieldEmbedding, ReplaceByUnknown, StackFields
 from mvke_tf.layers.experts import ConvolutionalExpert, Experts, SelectExperts
 from mvke_tf.layers.gates import AttentionGate, ExpertGate, GatedTag, GateSoftmax, MixExperts, VirtualKernelGate
-from mvke_tf.layers.heads import GatherRows, JointLogit, RegressionHead, RowDot
+from mvke_tf.layers.heads import ClassHead, CountHead, GatherRows, JointLogit, RegressionHead, RowDot
 from mvke_tf.layers.task_uncertainty import TaskUncertainty
 from mvke_tf.layers.virtual_kernels import VirtualKernelAttention, VirtualKernels
 
 __all__ = [
     "AttentionGate",
+    "CalibratedLogit",
+    "ClassHead",
     "ConvolutionalExpert",
+    "CountHead",
     "ExpertGate",
     "Experts",
     "FieldEmbedding",
@@ -17,12 +22,14 @@ __all__ = [
     "GatedTag",
     "GatherRows",
     "JointLogit",
+    "LogitMap",
     "MixExperts",
     "RegressionHead",
     "ReplaceByUnknown",
     "RowDot",
     "SelectExperts",
     "StackFields",
+    "TaskBalance",
     "TaskUncertainty",
     "VirtualKernelAttention",
     "VirtualKernelGate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -43,7 +44,11 @@ class RowDot(keras.layers.Layer):
         super().build(user_shape)
 
     def call(self, user, item):
-        return ops.sum(user * item, axis=-1, keepdims=True)
+        return self.from_product(ops.expand_dims(self.product(user, item), -1))
+
+    def product(self, user, item):
+        """What the vectors `(..., W)` of a user and an item meet in: their inner product `(...)`."""
+        return ops.sum(user * item, axis=-1)
 
     def from_product(self, product):
         """The output for an inner product, elementwise: what exact scoring of all pairs by one matrix product needs."""
@@ -94,9 +99,6 @@ class RegressionHead(RowDot):
         self.offset = float(offset)
         self.transform = transform
 
-    def call(self, user, item):
-        return self.from_product(super().call(user, item))
-
     def from_product(self, product):
         return product + self.offset
 
@@ -106,6 +108,99 @@ class RegressionHead(RowDot):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "offset": self.offset, "transform": self.transform}
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class CountHead(RegressionHead):
+    """The logarithm of the Poisson rate of a count task: the inner product of user and item vector plus a constant.
+
+    Args:
+        offset: The constant, for example the logarithm of the mean label.
+
+    Call arguments:
+        user: User vectors `(B, W)`.
+        item: Item vectors `(B, W)`.
+
+    Returns:
+        Logarithms of rates `(B, 1)`; `prediction` makes rates of them, in the unit of the label.
+
+    Raises:
+        ValueError: If the widths differ.
+
+    Example:
+
+    >>> round(float(CountHead().prediction(np.log(8.0))), 4)
+    8.0
+    """
+
+    kind = "count"
+
+    def prediction(self, output):
+        """The rate for an output, elementwise."""
+        return ops.exp(output)
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class ClassHead(RowDot):
+    """The logits of a multi-class task: one inner product per class, of which each weighs the entries by a vector.
+
+        logit_c = Σ_w user_w item_w a_cw + b_c = ⟨user, a_c ⊙ item⟩ + b_c
+
+    So class c has an item vector of its own, `a_c ⊙ item`, of one item tower; `a` and `b` are trained. (The bilinear
+    form of DistMult, Yang et al., ICLR 2015, with a class in the place of a relation.)
+
+    Args:
+        classes: Names of the C classes.
+
+    Call arguments:
+        user: User vectors `(B, W)`.
+        item: Item vectors `(B, W)`.
+
+    Returns:
+        Logits `(B, C)`, in nats; their softmax is the probability of each class.
+
+    Raises:
+        ValueError: If the widths differ.
+
+    Example:
+
+    >>> ClassHead(("low", "high"))(np.ones((3, 2)), np.ones((3, 2))).shape
+    TensorShape([3, 2])
+    """
+
+    kind = "multiclass"
+
+    def __init__(self, classes: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.classes = tuple(classes)
+
+    def build(self, user_shape, item_shape) -> None:
+        count = len(self.classes)
+        self.class_vectors = self.add_weight(
+            shape=(count, user_shape[-1]), initializer=keras.initializers.RandomNormal(stddev=1.0), name="class_vectors"
+        )
+        self.class_biases = self.add_weight(shape=(count,), initializer="zeros", name="class_biases")
+        super().build(user_shape, item_shape)
+
+    def call(self, user, item):
+        return self.from_product(self.product(user, item))
+
+    def product(self, user, item):
+        """The products of all classes for vectors `(..., W)`: `(..., C)`."""
+        return ops.matmul(user * item, ops.transpose(self.class_vectors))
+
+    def from_product(self, product):
+        return product + self.class_biases
+
+    def prediction(self, output):
+        """The probabilities for logits `(..., C)`."""
+        return ops.softmax(output, axis=-1)
+
+    def compute_output_shape(self, user_shape, item_shape):
+        return (user_shape[0], len(self.classes))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "classes": self.classes}
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")

@@ -36,8 +36,8 @@ class MultiTaskModel(keras.Model):
 
     Compile it with `mvke_tf.losses.task_losses`. With a `TaskUncertainty`, the loss is the sum over its tasks of
 
-        exp(-s) L + s / 2        for a binary task
         exp(-s) L / 2 + s / 2    for a regression task
+        exp(-s) L + s / 2        for every other
 
     with the loss L and the trained log-variance s of each task (it may become negative), plus what layers add; the
     losses per task that `fit` reports are the L.

@@ -2,14 +2,16 @@
 
 A model file builds two towers and nothing else. Every logit is the inner product of a vector that depends on the
 user alone and one that depends on the item alone. (With `Task(given=...)`, that is the logit of the task given the
-event before it; with a regression task, the value less a constant.)
+event before it; with a regression task, the value less a constant; with a count, the logarithm of the rate less a
+constant; with a multi-class task, one inner product per class, see `mvke_tf.layers.ClassHead`.)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -18,11 +20,14 @@ import numpy as np
 from mvke_tf.config import ModelConfig, index_range
 from mvke_tf.errors import ConfigError
 from mvke_tf.layers import (
+    ClassHead,
+    CountHead,
     Experts,
     FieldEmbedding,
     GatedTag,
     GatherRows,
     JointLogit,
+    LogitMap,
     MixExperts,
     RegressionHead,
     ReplaceByUnknown,
@@ -44,9 +49,13 @@ Towers = Callable[[Any, Any, Sequence[Task], ModelConfig], tuple[Vectors, Vector
 class TwoTowerModel(MultiTaskModel):
     """A model `{feature: tensor} -> {task: output (B, 1)}` of a user tower and an item tower.
 
-    Outputs are logits of binary tasks and values of regression tasks. `build_model` makes such a model, `load_model`
+    Outputs are logits of binary tasks, values of regression tasks, logarithms of the rates of count tasks, and the
+    logits `(B, C)` of the classes of multi-class tasks. `build_model` makes such a model, `load_model`
     loads one, and all models below are parts of it, which share its weights.
     """
+
+    # Of binary tasks, what makes calibrated logits of their outputs: `predictions` applies it. Not part of the file.
+    calibration: Mapping[str, LogitMap] = MappingProxyType({})
 
     # === Tasks ===
 
@@ -72,8 +81,37 @@ class TwoTowerModel(MultiTaskModel):
 
     @property
     def kinds(self) -> dict[str, str]:
-        """`{task: "binary" or "regression"}`: whether an output is a logit or a value."""
+        """`{task: kind}`, one of `mvke_tf.schema.TASK_KINDS`: what an output is."""
         return {task: head.kind for task, head in self._heads.items()}
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """`{multi-class task: names of its classes}`."""
+        return {task: head.classes for task, head in self._heads.items() if isinstance(head, ClassHead)}
+
+    @property
+    def class_weights(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """`{multi-class task: vectors (C, W_task) and biases (C,) of its classes}`."""
+        heads = {task: self._heads[task] for task in self.classes}
+        convert = keras.ops.convert_to_numpy
+        return {task: (convert(head.class_vectors), convert(head.class_biases)) for task, head in heads.items()}
+
+    @property
+    def ranked_tasks(self) -> tuple[str, ...]:
+        """The tasks that rank items: those whose output is one number per pair, all but the multi-class ones."""
+        return tuple(task for task in self.task_names if task not in self.classes)
+
+    def check_ranked(self, tasks: Sequence[str]) -> None:
+        """Does nothing if items can be ranked by each of the tasks.
+
+        Raises:
+            ConfigError: If one is a multi-class task, or none is left.
+        """
+        if not tasks or (wrong := [task for task in tasks if task in self.classes]):
+            raise ConfigError(
+                "Items are ranked by one number per pair, and a multi-class task has one per class; expected some of "
+                f"the tasks {list(self.ranked_tasks)}. Received: {wrong if tasks else []}"
+            )
 
     @property
     def given(self) -> dict[str, str]:
@@ -87,7 +125,7 @@ class TwoTowerModel(MultiTaskModel):
 
     @property
     def offsets(self) -> dict[str, float]:
-        """`{regression task: what is added to the inner product}`."""
+        """`{regression or count task: what is added to the inner product}`."""
         return {task: head.offset for task, head in self._heads.items() if isinstance(head, RegressionHead)}
 
     @property
@@ -98,6 +136,8 @@ class TwoTowerModel(MultiTaskModel):
             settings: dict[str, Any] = {"kind": head.kind}
             if isinstance(head, RegressionHead):
                 settings |= {"offset": head.offset, "transform": head.transform}
+            if isinstance(head, ClassHead):
+                settings |= {"classes": head.classes}
             if isinstance(head, JointLogit):
                 settings |= {"given": head.given, "objective": head.objective}
             kernels = self.kernels_of(name)
@@ -172,14 +212,21 @@ class TwoTowerModel(MultiTaskModel):
 
     # === Scores ===
 
-    def _through_heads(self, product: Callable[[RowDot, str], Any], conditional: Sequence[str] = ()) -> dict[str, Any]:
-        """Outputs of all tasks, where `product` applies the head of one task to whatever its vectors are.
+    def _through_heads(
+        self,
+        product: Callable[[RowDot, str], Any],
+        conditional: Sequence[str] = (),
+        tasks: Collection[str] | None = None,
+    ) -> dict[str, Any]:
+        """Outputs of all or some tasks, where `product` applies the head of one task to whatever its vectors are.
 
         The tasks in `conditional` give their logit given the event before, not the joint one.
         """
         outputs: dict[str, Any] = {}
         joint: dict[str, Any] = {}
         for task, head in self._heads.items():
+            if tasks is not None and task not in tasks:
+                continue
             outputs[task] = joint[task] = product(self._dots[task], task)
             if isinstance(head, JointLogit):
                 joint[task] = head(joint[head.given], outputs[task])
@@ -187,27 +234,35 @@ class TwoTowerModel(MultiTaskModel):
                     outputs[task] = joint[task]
         return outputs
 
+    def products(self, users: Mapping[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:
+        """Products of vectors `{task: (..., W_task)}` of users and items, `{task: (...)}`; multi-class `(..., C)`."""
+        return {task: self._dots[task].product(users[task], items[task]) for task in users}
+
     def outputs_of_products(self, products: Mapping[str, Any], conditional: bool = False) -> dict[str, Any]:
         """The outputs for given inner products of user and item vectors, elementwise.
 
         Args:
-            products: `{task: tensor}` of all tasks, of any one shape, for example `users @ items.T`.
+            products: `{task: tensor}` of any one shape, for example `users @ items.T`, of tasks and with them of those
+                whose event comes before; of a multi-class task with one more axis, of the classes.
             conditional: Whether the tasks in `given` give their logit given the event before, not the joint one.
 
         Returns:
-            `{task: tensor}` of that shape: logits of binary tasks, values of regression tasks.
+            `{task: tensor}` of that shape, as the model puts them out.
         """
         return self._through_heads(
-            lambda head, task: head.from_product(products[task]), tuple(self.given) if conditional else ()
+            lambda head, task: head.from_product(products[task]), tuple(self.given) if conditional else (), products
         )
 
     def predictions(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Probabilities of binary tasks and values of regression tasks, in the unit of their labels.
+        """Probabilities of binary and multi-class tasks, and values and rates of the others, in the unit of the label.
+
+        Those of binary tasks in `calibration` are calibrated.
 
         Args:
             outputs: `{task: tensor}` of any tasks, as the model or `outputs_of_products` puts them out.
         """
-        return {task: self._heads[task].prediction(output) for task, output in outputs.items()}
+        calibrated = {task: self.calibration[task](outputs[task]) for task in outputs if task in self.calibration}
+        return {task: self._heads[task].prediction(calibrated.get(task, output)) for task, output in outputs.items()}
 
     def for_tasks(self, tasks: Sequence[str]) -> TwoTowerModel:
         """The part of this model that some tasks need, tasks of earlier events included.
@@ -225,7 +280,9 @@ class TwoTowerModel(MultiTaskModel):
             if task in needed and task in self.given:
                 needed.add(self.given[task])
         outputs = {task: self._heads[task].output for task in self.task_names if task in needed}
-        return TwoTowerModel(self.part(outputs).input, outputs, name=self.name)
+        model = TwoTowerModel(self.part(outputs).input, outputs, name=self.name)
+        model.calibration = {task: each for task, each in self.calibration.items() if task in needed}
+        return model
 
     # === Training ===
 
@@ -379,11 +436,15 @@ def task_networks(fields: Any, tasks: Sequence[Task], config: ModelConfig, netwo
 
 
 def score(user_vectors: Vectors, item_vectors: Vectors, tasks: Sequence[Task]) -> dict[str, Any]:
-    """The scoring heads: logits, or values of regression tasks, `{task: (B, 1)}`, float32 under every dtype policy."""
+    """The scoring heads by kind of task, `{task: (B, 1)}` (multi-class `(B, C)`), float32 under every dtype policy."""
     outputs: dict[str, Any] = {}
     for task in tasks:
         vectors, earlier = (user_vectors[task.name], item_vectors[task.name]), task.factorised_by
-        if task.kind == "regression":
+        if task.kind == "multiclass":
+            outputs[task.name] = ClassHead(task.classes, name=task.name, dtype="float32")(*vectors)
+        elif task.kind == "count":
+            outputs[task.name] = CountHead(task.offset, name=task.name, dtype="float32")(*vectors)
+        elif task.kind == "regression":
             outputs[task.name] = RegressionHead(task.offset, task.transform, name=task.name, dtype="float32")(*vectors)
         elif earlier is None:
             outputs[task.name] = RowDot(name=task.name, dtype="float32")(*vectors)

@@ -90,6 +90,8 @@ def export_saved_model(
 def export_run(run: Run, export_dir: Path | None = None, version: int | None = None) -> Path:
     """Writes the best checkpoint of a run, with the catalogue of its data, as a version of a SavedModel.
 
+    Its probabilities are calibrated if the run is (`mvke_tf.evaluation.calibrate_run`).
+
     Args:
         run: The run.
         export_dir: Folder of all versions; `export` in the run directory by default.
@@ -107,7 +109,7 @@ def export_run(run: Run, export_dir: Path | None = None, version: int | None = N
     _check_free(path, version)
     prepared = run.prepared
     catalogue = Catalogue.from_prepared(prepared) if prepared.has_items else None
-    return export_saved_model(run.load_model(), prepared.encoder, path, catalogue, version)
+    return export_saved_model(run.load_model(calibrated=True), prepared.encoder, path, catalogue, version)
 
 
 def _check_backend() -> None:

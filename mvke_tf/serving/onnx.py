@@ -10,6 +10,7 @@ Encoding is not part of it (strings have no place in most ONNX runtimes): a clie
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import logging
@@ -24,7 +25,7 @@ import numpy as np
 
 from mvke_tf.errors import ConfigError, MissingExtraError, MvkeError
 from mvke_tf.io import atomic_write, write_json
-from mvke_tf.layers import FieldEmbedding
+from mvke_tf.layers import CalibratedLogit, FieldEmbedding
 from mvke_tf.models import TwoTowerModel
 from mvke_tf.run import Run
 from mvke_tf.schema import WEIGHTS_SUFFIX
@@ -51,7 +52,8 @@ def export_onnx(model: TwoTowerModel, path: Path, rows: Mapping[str, Any], compo
         model: A two-tower model, float32.
         path: The `.onnx` file; one that is there is replaced. A `.json` of the same name is written beside it.
         rows: Encoded features, `{feature: (B,), (B, L) or (B, W)}`; those that the component does not read are ignored.
-        component: `"model"` for `{task: logit or value (B, 1)}`, `"user"` or `"item"` for `{task: vector (B, W_task)}`.
+        component: `"model"` for the outputs `{task: (B, 1)}` (multi-class `(B, C)`), `"user"` or `"item"` for
+            `{task: vector (B, W_task)}`.
 
     Returns:
         `path`.
@@ -64,7 +66,7 @@ def export_onnx(model: TwoTowerModel, path: Path, rows: Mapping[str, Any], compo
     path = Path(path)
     _check(model, path, component)
     onnx = _extra("onnx", "onnxruntime", "tf2onnx")[0]
-    source = {"model": model, "user": model.user_tower, "item": model.item_tower}[component]
+    source = {"model": _calibrated(model), "user": model.user_tower, "item": model.item_tower}[component]
     exported = _portable(source)
     features = {name: np.asarray(rows[name], tensor.dtype) for name, tensor in exported.input.items()}
     exported(features)  # Keras exports only what has been called.
@@ -84,6 +86,19 @@ def export_onnx(model: TwoTowerModel, path: Path, rows: Mapping[str, Any], compo
     return path
 
 
+def _calibrated(model: TwoTowerModel) -> keras.Model:
+    """The model with its calibration as layers behind its outputs."""
+    if not model.calibration:
+        return model
+    outputs = {
+        task: CalibratedLogit(dataclasses.asdict(model.calibration[task]), name=f"calibrated_{task}")(output)
+        if task in model.calibration
+        else output
+        for task, output in model.output.items()
+    }
+    return keras.Model(model.input, outputs, name=model.name)
+
+
 def export_run_onnx(run: Run, component: str = "model", folder: Path | None = None) -> Path:
     """Writes the best checkpoint of a run, or a tower of it, as ONNX, checked on rows of the test part.
 
@@ -99,7 +114,7 @@ def export_run_onnx(run: Run, component: str = "model", folder: Path | None = No
         RunError: If the run has no checkpoint yet.
         OnnxError, MissingExtraError, ConfigError: See `export_onnx`.
     """
-    model, data = run.load_model(), run.prepared.part("test")
+    model, data = run.load_model(calibrated=True), run.prepared.part("test")
     users, items = data.user_rows[:_CHECKED_ROWS], data.item_rows[:_CHECKED_ROWS]
     rows = {name: np.asarray(data.users[name])[users] for name in model.user_tower.input}
     rows |= {name: np.asarray(data.items[name])[items] for name in model.item_tower.input}
@@ -226,6 +241,7 @@ def _describe(model: TwoTowerModel, source: keras.Model, proto: onnx.ModelProto,
                 "given": model.given.get(task),
                 "offset": model.offsets.get(task),
                 "transform": model.transforms[task],
+                "classes": list(model.classes[task]) if task in model.classes else None,
             }.items()
             if value is not None
         }
@@ -256,7 +272,12 @@ def _describe(model: TwoTowerModel, source: keras.Model, proto: onnx.ModelProto,
 
 def _meaning(model: TwoTowerModel, task: str) -> str:
     if model.kinds[task] == "binary":
-        return "logit, in nats; its sigmoid is the probability"
+        calibrated = "calibrated " if task in model.calibration else ""
+        return f"{calibrated}logit, in nats; its sigmoid is the probability"
+    if model.kinds[task] == "count":
+        return "logarithm of the expected count"
+    if model.kinds[task] == "multiclass":
+        return "logits of the classes, in nats; their softmax is the probability of each"
     return (
         "log(1 + value), the value in the unit of the label"
         if model.transforms[task]

@@ -59,7 +59,7 @@ class ServingModule(tf.Module):
         self.lookups = dict(encoder.layers)
         self.catalogue = None if catalogue is None else StoredCatalogue(model, encoder, catalogue)
         self._encoder = encoder
-        self._tasks = list(model.task_names)
+        self._tasks, self._ranked = list(model.task_names), list(model.ranked_tasks)
         self._parts = _Parts(model.user_tower, model.item_tower, model.gates)
         self._features = {side: tower_inputs(encoder, side) for side in TOWERS}
 
@@ -69,9 +69,9 @@ class ServingModule(tf.Module):
         signatures = {
             "serving_default": Signature(
                 f"Probability of each task for each {'pair of a user and an item' if item else 'user'}, from their raw "
-                "features; all inputs have the same number of rows. Of a regression task, the value.",
+                "features; all inputs have the same number of rows. Of a regression or count task, the value.",
                 {**user, **item},
-                {task: TensorField("float32", (-1,), f"{self.meaning(task)}, one per row") for task in self._tasks},
+                {task: self._prediction_field(task, (-1,), "one per row") for task in self._tasks},
                 self.probabilities,
             ),
             "user_vectors": self._vectors_signature("user"),
@@ -92,16 +92,23 @@ class ServingModule(tf.Module):
             )
         if self.catalogue is not None:
             signatures["score_ids"] = self._score_ids_signature(user, self.catalogue)
-            signatures["recommend"] = self._recommend_signature(user, self.catalogue)
+            if self._ranked:
+                signatures["recommend"] = self._recommend_signature(user, self.catalogue)
         return signatures
 
     def describe_tasks(self) -> dict[str, dict[str, Any]]:
         """Kind and meaning of each task, for `signatures.json`."""
         kinds, given = self.model.kinds, self.model.given
-        return {
+        described: dict[str, dict[str, Any]] = {
             task: {"kind": kinds[task], "given": given.get(task), "prediction": self.meaning(task)}
             for task in self._tasks
         }
+        for task, calibration in self.model.calibration.items():
+            described[task]["calibration"] = dataclasses.asdict(calibration)
+        for task, (vectors, biases) in self.model.class_weights.items():
+            described[task] |= {"classes": list(self.model.classes[task])}
+            described[task] |= {"class_vectors": vectors.tolist(), "class_biases": biases.tolist()}
+        return described
 
     def describe_catalogue(self) -> dict[str, Any] | None:
         """Size of the catalogue and the id that fills lists up, for `signatures.json`."""
@@ -120,14 +127,26 @@ class ServingModule(tf.Module):
             lines.append("Without the signature gate_weights: its gates read the item, which has no features.")
         if self.catalogue is None:
             lines.append("Without the signatures score_ids and recommend: no catalogue of items was given.")
+        elif not self._ranked:
+            lines.append("Without the signature recommend: a multi-class task does not rank items.")
         return lines
 
     def meaning(self, task: str) -> str:
         """What the prediction of a task is, in words."""
+        if task in self.model.classes:
+            return f"probability of each class of {task}: {', '.join(self.model.classes[task])}"
+        if self.model.kinds[task] == "count":
+            return f"expected count of {task}"
         if self.model.kinds[task] == "regression":
             return f"value of {task}, in the unit of its label"
         first = self.model.given.get(task)
         return f"probability of {task}" + (f" (of {first} and then {task})" if first else "")
+
+    def _prediction_field(self, task: str, shape: tuple[int, ...], layout: str) -> TensorField:
+        """What a signature says of the predictions of a task for pairs of this shape."""
+        if task in self.model.classes:
+            return TensorField("float32", (*shape, len(self.model.classes[task])), f"{self.meaning(task)}; {layout}")
+        return TensorField("float32", shape, f"{self.meaning(task)}, {layout}")
 
     @property
     def _gates(self) -> tuple[keras.Model, str] | None:
@@ -162,6 +181,13 @@ class ServingModule(tf.Module):
     def _product(self, task: str) -> str:
         """What the inner product of the vectors of a task is, in words."""
         first, transform = self.model.given.get(task), self.model.transforms[task]
+        if task in self.model.classes:
+            return (
+                f"user vector · (item vector * class_vectors[c]) + class_biases[c] is the logit of class c of {task}; "
+                "this file says class_vectors and class_biases of the task"
+            )
+        if self.model.kinds[task] == "count":
+            return f"user vector · item vector + {self.model.offsets[task]:g} is log(expected count of {task})"
         if self.model.kinds[task] == "regression":
             what = f"log(1 + value of {task})" if transform else f"the value of {task}"
             return f"user vector · item vector + {self.model.offsets[task]:g} is {what}"
@@ -186,7 +212,7 @@ class ServingModule(tf.Module):
                     f"nothing is known, and fills up shorter lists, for example {catalogue.padding!r}",
                 ),
             ),
-            {task: TensorField("float32", (-1, -1), f"{self.meaning(task)}, (n, m)") for task in self._tasks},
+            {task: self._prediction_field(task, (-1, -1), "(n, m)") for task in self._tasks},
             self.score_ids,
             {"per_value": {"item_ids": catalogue.width}},
         )
@@ -201,7 +227,7 @@ class ServingModule(tf.Module):
             with_inputs(
                 features,
                 k=TensorField("int32", (), "number of items per user, at least 1; more than the catalogue means all"),
-                task=TensorField("string", (), f"name of the task to rank by, one of: {', '.join(self._tasks)}"),
+                task=TensorField("string", (), f"name of the task to rank by, one of: {', '.join(self._ranked)}"),
                 exclude=TensorField(
                     catalogue.dtype,
                     (-1, -1),
@@ -223,7 +249,7 @@ class ServingModule(tf.Module):
     def probabilities(self, **features: tf.Tensor) -> Tensors:
         """Predictions `{task: (B,)}` from the raw features of both towers."""
         outputs = self.model.predictions(self._apply(self.model, checked(features), TOWERS))
-        return {task: output[:, 0] for task, output in outputs.items()}
+        return {task: output if task in self.model.classes else output[:, 0] for task, output in outputs.items()}
 
     def user_vectors(self, **features: tf.Tensor) -> Tensors:
         """Vectors `{user_vector_<task>: (B, W_task)}` from the raw features of users."""
@@ -243,11 +269,12 @@ class ServingModule(tf.Module):
         return {f"gate_{task}": weight for task, weight in weights.items()}
 
     def score_ids(self, item_ids: tf.Tensor, **features: tf.Tensor) -> Tensors:
-        """Predictions `{task: (n, m)}` from the raw features of n users and the ids `(n, m)` of items of each."""
+        """Predictions `{task: (n, m)}` (multi-class `(n, m, C)`) of n users and of items with ids `(n, m)`."""
         features = checked({**features, "item_ids": item_ids})
         items = self._items.gather(self._items.positions(features.pop("item_ids")))
         users = self._users(features)
-        products = {task: tf.linalg.matvec(items[task], users[task]) for task in self._tasks}
+        products = {task: tf.linalg.matvec(items[task], users[task]) for task in self._ranked}
+        products |= self.model.products({task: users[task][:, None] for task in self.model.classes}, items)
         return self.model.predictions(self.model.outputs_of_products(products))
 
     def recommend(self, k: tf.Tensor, task: tf.Tensor, exclude: tf.Tensor, **features: tf.Tensor) -> Tensors:
@@ -255,21 +282,21 @@ class ServingModule(tf.Module):
         catalogue = self._items
         features = checked({**features, "exclude": exclude})
         left_out = catalogue.positions(features.pop("exclude"))
-        chosen = tf.equal(self._tasks, task)
+        chosen = tf.equal(self._ranked, task)
         # A message must be text, whatever the bytes of the name are.
         received = tf.strings.unicode_transcode(task, "UTF-8", "UTF-8")
         checks = [
             tf.debugging.Assert(k >= 1, ["k must be at least 1. Received:", k]),
             tf.debugging.Assert(
                 tf.reduce_any(chosen),
-                [f"task must be one of: {', '.join(self._tasks)}. Received:", received],
+                [f"task must be one of: {', '.join(self._ranked)}. Received:", received],
                 summarize=-1,
             ),
         ]
         with tf.control_dependencies(checks):
             index = tf.argmax(chosen, output_type=tf.int32)
         k = tf.minimum(k, catalogue.size)
-        users = self._users(features)
+        users = {name: vectors for name, vectors in self._users(features).items() if name in self._ranked}
         positions, predicted = _in_blocks(
             lambda rows: self._best({name: rows(vectors) for name, vectors in users.items()}, rows(left_out), k, index),
             tf.shape(left_out)[0],
@@ -297,7 +324,7 @@ class ServingModule(tf.Module):
             predicted = tf.cast(self.model.predictions({name: tf.cast(scores, tf.float64)})[name], tf.float32)
             return tf.where(remain, positions, catalogue.size), tf.where(remain, predicted, 0.0)
 
-        return tf.switch_case(index, [functools.partial(of_task, name) for name in self._tasks])
+        return tf.switch_case(index, [functools.partial(of_task, name) for name in self._ranked])
 
     def _users(self, features: Tensors) -> Tensors:
         return self._apply(self._parts.user, features, ["user"])

@@ -12,6 +12,7 @@ from mvke_tf.config import TrainingConfig
 from mvke_tf.errors import TrainingError
 from mvke_tf.models import TwoTowerModel
 from mvke_tf.run import History, Run
+from mvke_tf.training.balancing import BalancedModel
 from mvke_tf.training.validation import Validation
 
 
@@ -70,6 +71,8 @@ class EpochWatch(keras.callbacks.Callback):
         log_variances = self.validation.model.log_variances
         if log_variances is not None:
             logs |= {f"log_variance_{task}": float(value) for task, value in log_variances.by_task().items()}
+        if isinstance(self.model, BalancedModel):
+            logs |= {f"loss_weight_{task}": weight for task, weight in self.model.balance.by_task().items()}
         logs["examples_per_second"] = self.rows / (self._stopped - self._started)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from mvke_tf.config import RunConfig, TrainingConfig
+from mvke_tf.config import BALANCED, RunConfig, TrainingConfig
 from mvke_tf.data.batches import Batches, Interactions
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.groups import groups
@@ -26,6 +26,7 @@ from mvke_tf.losses import task_losses
 from mvke_tf.models import TwoTowerModel, build_model, check_model, unread_settings, with_uncertainty
 from mvke_tf.run import History, Run, resume_command
 from mvke_tf.schema import Schema, Task
+from mvke_tf.training.balancing import balanced
 from mvke_tf.training.callbacks import EpochWatch, RunKeeper, best_epoch, is_finished
 from mvke_tf.training.monitoring import Monitor, write_best
 from mvke_tf.training.validation import Validation
@@ -291,8 +292,23 @@ def build_training_model(config: RunConfig, schema: Schema, steps_per_epoch: int
         if config.training.loss_weighting == "uncertainty":
             plain = with_uncertainty(plain)
         model = plain.training_model(config.training.deduplicate)
+        if config.training.loss_weighting in BALANCED:
+            _check_balanced(config.training.loss_weighting, plain.kinds)
+            model = balanced(model, config.training.loss_weighting, config.training.seed)
         compile_model(model, plain.kinds, config.training, steps_per_epoch, loss_weights(config, schema))
     return plain, model
+
+
+def _check_balanced(method: str, kinds: dict[str, str]) -> None:
+    """Raises `ConfigError` if a method cannot balance tasks of these kinds."""
+    if len(kinds) < 2:
+        raise ConfigError(f"loss_weighting={method!r} balances two tasks or more. Received: {list(kinds)}")
+    counts = [task for task, kind in kinds.items() if kind == "count"]
+    if method != "pcgrad" and counts:
+        raise ConfigError(
+            f"loss_weighting={method!r} compares losses by their ratios, and that of a count task may be negative; "
+            f"choose 'pcgrad', 'uncertainty' or 'fixed'. Received: the count tasks {counts}"
+        )
 
 
 def loss_weights(config: RunConfig, schema: Schema) -> dict[str, float] | None:

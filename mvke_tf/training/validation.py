@@ -12,7 +12,7 @@ from mvke_tf.data.batches import Interactions
 from mvke_tf.errors import DataError, MvkeError
 from mvke_tf.inference.predictions import predict
 from mvke_tf.losses import uncertainty_weight
-from mvke_tf.metrics import auc
+from mvke_tf.metrics import auc, multiclass_metrics, poisson_deviance
 from mvke_tf.models import TwoTowerModel
 from mvke_tf.schema import Task
 
@@ -64,11 +64,12 @@ class Validation:
         Returns:
             `val_loss`, the sum of the losses of the tasks with their weights, without losses of layers such as that of
             load balancing; `val_<task>_loss` (nats, or the squared error in the unit in which the model learns);
-            `val_<task>_auc` of a binary task (given the event before it, if that is its objective); `val_<task>_rmse`
-            and `val_<task>_mae` of a regression (in the unit of the label), over the rows that count, each as one; and
-            `val_score`, the mean AUC, or minus the mean RMSE where there is no AUC, or minus the loss where there is
-            neither. What is not defined is NaN and left out of the score. Only `val_loss`, which is NaN, if the
-            predictions are not finite.
+            `val_<task>_auc` of a binary task (given the event before it, if that is its objective), of a multi-class
+            task the mean over its classes and with it `val_<task>_accuracy`; `val_<task>_rmse` and `val_<task>_mae` of
+            a regression (in the unit of the label); `val_<task>_poisson_deviance` of a count, over the rows that count,
+            each as one; and `val_score`, the mean AUC, or minus the mean RMSE or deviance where there is no AUC, or
+            minus the loss where there is neither. What is not defined is NaN and left out of the score. Only
+            `val_loss`, which is NaN, if the predictions are not finite.
         """
         try:
             predictions = predict(self.model, self.data)
@@ -95,6 +96,16 @@ class Validation:
                 area = math.nan if self._undefined(task) else auc(labels, predicted)
                 measured[f"val_{task.name}_auc"] = area
                 aucs.append(area)
+            elif task.kind == "multiclass":
+                metrics = multiclass_metrics(labels, predicted)
+                for name, column in (("macro_auc", "auc"), ("accuracy", "accuracy")):
+                    value = metrics[name]
+                    measured[f"val_{task.name}_{column}"] = math.nan if value is None else float(value)
+                aucs.append(measured[f"val_{task.name}_auc"])
+            elif task.kind == "count":
+                deviance = poisson_deviance(labels, predicted)
+                measured[f"val_{task.name}_poisson_deviance"] = deviance
+                errors.append(deviance)
             else:
                 error = predicted - _untransformed(task, labels)
                 rmse = float(np.sqrt(np.mean(np.square(error)))) if len(rows) else math.nan
@@ -124,6 +135,11 @@ def _losses(task: Task, labels: np.ndarray, predicted: np.ndarray) -> np.ndarray
     if task.kind == "regression":
         learned = np.log1p(predicted) if task.transform == "log1p" else predicted
         return np.square(learned - labels)
+    if task.kind == "count":
+        return predicted - labels * np.log(predicted)
+    if task.kind == "multiclass":
+        of_label = predicted[np.arange(len(labels)), labels.astype(int)]
+        return -np.log(np.maximum(of_label, np.finfo(np.float64).tiny))
     # The nearest numbers to 0 and 1: a probability that was rounded to them costs much and not infinitely much.
     positive, negative = np.maximum(predicted, np.finfo(np.float64).tiny), np.minimum(predicted, 1 - 2**-53)
     return -(labels * np.log(positive) + (1 - labels) * np.log1p(-negative))

@@ -7,7 +7,19 @@ from mvke_tf.evaluation.groups import MOST_GROUPS, group_metrics, groups_figure
 from mvke_tf.evaluation.outcomes import Outcome
 from tests.small import handmade_prepared
 
-COLUMNS = ["task", "variable", "group", "rows", "positives", "auc", "rmse", "mean_prediction", "mean_label"]
+COLUMNS = [
+    "task",
+    "variable",
+    "group",
+    "rows",
+    "positives",
+    "auc",
+    "rmse",
+    "poisson_deviance",
+    "accuracy",
+    "mean_prediction",
+    "mean_label",
+]
 TESTED = 6
 
 

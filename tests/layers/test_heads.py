@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from mvke_tf.layers import GatherRows, JointLogit, RegressionHead, RowDot
+from mvke_tf.layers import ClassHead, CountHead, GatherRows, JointLogit, RegressionHead, RowDot
 from tests.layer_checks import BATCH, assert_close, check_layer, loss_and_gradients
 
 VECTORS = np.random.default_rng(0).normal(size=(BATCH, 4)).astype("float32")
@@ -94,3 +94,23 @@ def test_gathered_rows_and_their_gradients_by_hand():
     _, outputs, gradients, _ = loss_and_gradients(function, {"vectors": vectors})
     assert_close(outputs, [[5.0, 6.0], [1.0, 2.0], [5.0, 6.0]])
     assert_close(gradients["vectors"], [[10.0, 0.0], [0.0, 0.0], [101.0, 0.0]])
+
+
+def test_count_head_by_hand(tmp_path):
+    check_layer(CountHead(0.5), [VECTORS, VECTORS[::-1].copy()], {}, tmp_path)
+    output = CountHead(offset=np.log(2.0))(np.array([[np.log(3.0)]]), np.array([[1.0]]))
+    assert_close(output, [[np.log(6.0)]])
+    assert_close(CountHead().prediction(output), [[6.0]])
+
+
+def test_class_head_by_hand(tmp_path):
+    """logit_c = Σ_w user_w item_w a_cw + b_c."""
+    head, shapes = ClassHead(("a", "b", "c")), {"class_vectors": (3, 4), "class_biases": (3,)}
+    check_layer(ClassHead(("a", "b", "c")), [VECTORS, VECTORS[::-1].copy()], shapes, tmp_path)
+    user, item = np.array([[1.0, 2.0]]), np.array([[3.0, -1.0]])
+    head.build((1, 2), (1, 2))
+    head.set_weights([np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), np.array([0.0, 2.0, -1.0])])
+    assert_close(head.product(user, item), [[3.0, -2.0, 1.0]])
+    assert_close(head(user, item), [[3.0, 0.0, 0.0]])
+    odds = np.array([np.exp(3.0), 1.0, 1.0])
+    assert_close(head.prediction(head(user, item)), [odds / odds.sum()])

@@ -74,9 +74,9 @@ def profile_run(
     folder = Path(folder or run.folder / "profiles")
     chosen = Users.of(run.prepared, users, exclude_seen)
     candidates = Candidates.of(run.prepared, by)
-    model = run.load_model()
+    model = run.load_model(calibrated=True)
     if index is not None:
-        check_indexable(model, candidates, model.task_names if tasks is None else tasks, by)
+        check_indexable(model, candidates, model.ranked_tasks if tasks is None else tasks, by)
     profiler = Profiler(model, candidates, tasks)
     indexes = None
     if index is not None:

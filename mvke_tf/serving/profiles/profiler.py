@@ -51,15 +51,16 @@ class Profiler:
     Args:
         model: A built or loaded two-tower model.
         candidates: The items.
-        tasks: Names of the tasks; all of the model by default.
+        tasks: Names of the tasks; all of the model that rank items by default.
 
     Raises:
-        ConfigError: If the model has no such task.
+        ConfigError: If the model has no such task, or it is a multi-class task.
         DataError: If the items lack a feature that it reads.
     """
 
     def __init__(self, model: TwoTowerModel, candidates: Candidates, tasks: Sequence[str] | None = None) -> None:
-        self.tasks = tuple(model.task_names if tasks is None else tasks)
+        self.tasks = tuple(model.ranked_tasks if tasks is None else tasks)
+        model.check_ranked(self.tasks)
         # Only what these tasks need is computed.
         self.model = model.for_tasks(self.tasks)
         self.candidates = candidates
