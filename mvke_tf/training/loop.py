@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError, DataError, RunError
 from mvke_tf.losses import task_losses
 from mvke_tf.models import TwoTowerModel, build_model, check_model, unread_settings, with_uncertainty
-from mvke_tf.run import History, Run, resume_command
+from mvke_tf.run import Run
+from mvke_tf.run_folder import History, best_epoch, is_finished, resume_command
 from mvke_tf.schema import Schema, Task
-from mvke_tf.training.callbacks import EpochWatch, RunKeeper, best_epoch, is_finished
+from mvke_tf.training.callbacks import EpochLine, EpochWatch, RunKeeper
 from mvke_tf.training.monitoring import Monitor, write_best
 from mvke_tf.training.validation import Validation
 
@@ -64,6 +65,7 @@ def train(
     run_name: str | None = None,
     runs_dir: Path = Path("runs"),
     data_dir: Path = Path("data"),
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> Result:
     """Prepares the data unless that has been done, makes a run directory and trains in it.
 
@@ -73,6 +75,7 @@ def train(
         run_name: Name of the run directory; the model and the time by default.
         runs_dir: Where runs are kept.
         data_dir: Where prepared data are kept, unless they are in a folder already.
+        callbacks: More callbacks of the training, called when everything of an epoch is on the disk.
 
     Returns:
         What was made; everything else is in the run directory.
@@ -97,14 +100,15 @@ def train(
         prepared = copy.copy(prepared)
         prepared.folder = Path(data_dir) / "prepared" / f"{prepared.dataset.name}-{prepared.digest[:12]}"
         prepared.save(prepared.folder)
-    return _train(Run.create(folder, config, prepared), training)
+    return _train(Run.create(folder, config, prepared), training, callbacks)
 
 
-def train_run(run: Run) -> Result:
+def train_run(run: Run, callbacks: Sequence[keras.callbacks.Callback] = ()) -> Result:
     """Trains the model of a run, new or interrupted, from its last finished epoch on.
 
     Args:
         run: A run directory.
+        callbacks: As in `train`.
 
     Returns:
         What was made; everything else is in the run directory.
@@ -115,10 +119,10 @@ def train_run(run: Run) -> Result:
         TrainingError: If the loss becomes NaN or infinite.
         KeyboardInterrupt: After Ctrl-C, with the command that continues; nothing is left half-written.
     """
-    return _train(run, None)
+    return _train(run, None, callbacks)
 
 
-def _train(run: Run, training: _Training | None) -> Result:
+def _train(run: Run, training: _Training | None, callbacks: Sequence[keras.callbacks.Callback]) -> Result:
     history = run.history()
     if history and not run.checkpoint.is_file():
         raise run.lost_checkpoint()
@@ -131,7 +135,7 @@ def _train(run: Run, training: _Training | None) -> Result:
     else:
         with run.lock():
             try:
-                history = (training or _Training.of(run.prepared, run.config)).fit(run)
+                history = (training or _Training.of(run.prepared, run.config)).fit(run, callbacks)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"Continue with: {resume_command(run)}") from None
     speeds = [epoch["examples_per_second"] for epoch in history[finished:]]
@@ -186,7 +190,7 @@ class _Training:
         plain, model = build_training_model(config, schema, batches.steps)
         return cls(prepared, config, schema, parts, batches, plain, model)
 
-    def fit(self, run: Run) -> History:
+    def fit(self, run: Run, more_callbacks: Sequence[keras.callbacks.Callback] = ()) -> History:
         """Trains from the last finished epoch of the run on, and writes what a finished training ends with.
 
         Returns:
@@ -218,7 +222,10 @@ class _Training:
             images,
             run.warnings_file,
         )
-        callbacks = [EpochWatch(run, config, len(data), validation), monitor, RunKeeper(run, self.plain, history)]
+        callbacks = [
+            *(EpochWatch(run, config, len(data), validation), monitor, RunKeeper(run, self.plain, history)),
+            *(EpochLine(self.batches.steps, history), *more_callbacks),
+        ]
         try:
             # One call per epoch, whose data end with it: steps_per_execution would read on into the next one otherwise.
             while not is_finished(history, config):
@@ -227,7 +234,7 @@ class _Training:
                     epochs=config.epochs,
                     initial_epoch=len(history),
                     shuffle=False,
-                    verbose=1 if sys.stdout.isatty() else 2,
+                    verbose=0,
                     callbacks=callbacks,
                 )
         finally:

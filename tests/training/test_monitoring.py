@@ -24,8 +24,8 @@ from mvke_tf.errors import RunError
 from mvke_tf.inference.gates import Thresholds
 from mvke_tf.models import build_model
 from mvke_tf.run import Run
+from mvke_tf.run_folder import best_epoch
 from mvke_tf.training import loop, train_run
-from mvke_tf.training.callbacks import best_epoch
 from mvke_tf.training.loop import build_training_model
 from mvke_tf.training.monitoring import Monitor, best, item_columns
 from mvke_tf.training.monitoring.best import hyperparameters, shown_items
