@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import inspect
 import io
 import json
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mvke_tf.config import CHOICES, OLD_NAMES, SECTIONS, RunConfig, entry_type, renamed
-from mvke_tf.errors import ConfigError, MissingExtraError, MvkeError
+from mvke_tf.errors import ConfigError, MvkeError, require_extra
 
 DEBUG = "MVKE_DEBUG"
 PARTS = ("train", "validation", "test")
@@ -153,17 +152,6 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, received {text!r}")
     return value
-
-
-def require_extra(extra: str, *modules: str) -> None:
-    """Does nothing if the modules of an optional extra are installed; imports none of them.
-
-    Raises:
-        MissingExtraError: If one is missing; the message says how to install it.
-    """
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise MissingExtraError(f"This needs {', '.join(missing)}. Install the extra: pip install 'mvke_tf[{extra}]'")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -597,6 +585,7 @@ def _analyze_options(parser: argparse.ArgumentParser) -> None:
 
 def _analyze(args: argparse.Namespace) -> None:
     """Says what the experts of a run learned: tables, pictures, a diagnosis and one page."""
+    require_extra("analysis", "matplotlib", "pandas")
     import_tensorflow()
     from mvke_tf.analysis import analyze_run
 
@@ -817,6 +806,7 @@ def _check_profile(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def _profile(args: argparse.Namespace) -> None:
     """Makes the profiles of users in bulk: the items or groups that each rates highest, as files."""
+    require_extra("profile", "pandas")
     import_tensorflow()
     from mvke_tf.inference.index import IndexConfig
     from mvke_tf.serving.profiles import profile_run
@@ -885,6 +875,7 @@ def _check_compare(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def _compare(args: argparse.Namespace) -> None:
     """Trains several models with several seeds on the same data and writes one table."""
+    require_extra("compare", "matplotlib", "pandas", "scipy")
     files = dict(args.configs)
     configs = {model: read_settings(args, files.get(model, args.config)) for model in dict.fromkeys(args.models)}
     import_tensorflow()
@@ -920,6 +911,7 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
 
 def _tune(args: argparse.Namespace) -> None:
     """Searches good settings of a model; a searched setting that is given is not searched."""
+    require_extra("tune", "keras_tuner", "pandas")
     config = read_settings(args, args.config)
     fixed = [name for name, option in _SEARCHED.items() if getattr(args, option) is not None]
     import_tensorflow()

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from mvke_tf.data.groups import groups
 from mvke_tf.data.store import PreparedDataset
+from mvke_tf.errors import missing_modules
 from mvke_tf.evaluation.groups import group_metrics, groups_figure
 from mvke_tf.evaluation.outcomes import Outcome, outcomes, part_rows
-from mvke_tf.figures import calibration_figure, regression_figure, roc_figure, save_figure
 from mvke_tf.inference.predictions import predict
 from mvke_tf.inference.vectors import TILE_ROWS
 from mvke_tf.io import atomic_write, csv_safe, write_json
@@ -25,6 +25,9 @@ from mvke_tf.metrics import auc, binary_metrics, defined, regression_metrics
 from mvke_tf.models import TwoTowerModel
 from mvke_tf.run import Run
 from mvke_tf.run_folder import USERS, Metrics, Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,8 @@ def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS) -> R
 
     Splits of other parts that are in the report already stay. The pictures are `<part>_roc.png` and
     `<part>_calibration.png` of the binary tasks, `<part>_regression.png` of the others, and for each variable by which
-    the declaration groups users or items `<part>_groups_<variable>.png`; `<part>_groups.csv` has the numbers.
+    the declaration groups users or items `<part>_groups_<variable>.png`; `<part>_groups.csv` has the numbers. Both are
+    left out, with a note, where the extra `analysis` is not installed.
 
     Args:
         run: The run.
@@ -78,18 +82,29 @@ def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS) -> R
     logger.info("Evaluating %s on %s rows of the %s part ...", run.checkpoint, f"{rows:,}", part)
     found = _evaluate(model, prepared, part, batch_size)
     merged |= _report(found, prepared, part)
+    if missing := missing_modules("matplotlib", "pandas"):
+        needed = f"{', '.join(missing)}: pip install 'mvke_tf[analysis]'"
+        logger.info("Note: pictures and metrics by group are left out; they need %s", needed)
+    else:
+        _write_pictures(run, found, model.kinds, part)
+    write_json(run.report_file, merged)
+    return merged
+
+
+def _write_pictures(run: Run, found: Sequence[Outcome], kinds: dict[str, str], part: str) -> None:
+    from mvke_tf.figures import save_figure
+
+    prepared = run.prepared
     groupings = groups(prepared)
     by_group = group_metrics(found, groupings, prepared, part)
     figures = _figures(found, part)
     for grouping in groupings:
         if grouping.variable in set(by_group["variable"]):
-            figures[f"groups_{grouping.variable}"] = groups_figure(by_group, grouping, model.kinds, part)
+            figures[f"groups_{grouping.variable}"] = groups_figure(by_group, grouping, kinds, part)
     for name, figure in figures.items():
         save_figure(figure, run.figures / f"{part}_{name}.png")
     with atomic_write(run.folder / f"{part}_groups.csv") as temporary:
         by_group.map(csv_safe).to_csv(temporary, index=False, float_format="%.8g")
-    write_json(run.report_file, merged)
-    return merged
 
 
 def measure(
@@ -139,6 +154,8 @@ def _metrics(outcome: Outcome, chosen: np.ndarray, users: np.ndarray | None) -> 
 
 def _figures(found: Sequence[Outcome], part: str) -> dict[str, Figure]:
     """Pictures of one part by name: ROC and calibration of binary tasks; regression."""
+    from mvke_tf.figures import calibration_figure, regression_figure, roc_figure
+
     curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {"binary": {}, "given": {}, "regression": {}}
     for outcome in found:
         rows = outcome.counts

@@ -21,7 +21,7 @@ from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.groups import groups
 from mvke_tf.data.preparation import prepared_dataset
 from mvke_tf.data.store import PreparedDataset
-from mvke_tf.errors import ConfigError, DataError, RunError
+from mvke_tf.errors import ConfigError, DataError, RunError, missing_modules
 from mvke_tf.losses import task_losses
 from mvke_tf.models import TwoTowerModel, build_model, check_model, unread_settings, with_uncertainty
 from mvke_tf.run import Run
@@ -214,6 +214,9 @@ class _Training:
         weights = loss_weights(self.config, self.schema)
         validation = Validation(self.plain, self.parts["validation"], self.schema.tasks, weights)
         images = config.monitor_images_epochs
+        if images and self.plain.gates is not None and missing_modules("matplotlib"):
+            LOGGER.info("Note: no heat maps of the gates; they need matplotlib: pip install 'mvke_tf[analysis]'")
+            images = 0
         monitor = Monitor(
             run.logs,
             self.plain,
