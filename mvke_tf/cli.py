@@ -422,6 +422,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", type=Path, help="run folder to continue; its own settings hold")
     parser.add_argument("--config", type=Path, help="JSON or TOML file of settings, such as a run's config.json")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    parser.add_argument("--log", nargs="+", choices=("mlflow",), default=(), help="log to MLflow, too (extra mlflow)")
     add_settings(parser, "model", "training")
 
 
@@ -438,9 +439,9 @@ def _train(args: argparse.Namespace) -> None:
     from mvke_tf.training import train, train_run
 
     if args.resume:
-        result = train_run(Run.open(args.resume))
+        result = train_run(Run.open(args.resume), log=args.log)
     else:
-        result = train(prepared_of(args), config, args.run_name, args.runs_dir)
+        result = train(prepared_of(args), config, args.run_name, args.runs_dir, log=args.log)
     print(f"Best epoch {result.best_epoch} of {len(result.history)}: {result.run.checkpoint}")
     if result.examples_per_second:
         print(f"{result.examples_per_second:,.0f} training examples per second (median of the epochs)")
@@ -957,7 +958,7 @@ _COMMANDS = {
         "prepare": _Subcommand(_prepare, _prepare_options, on="data"),
         "train": _Subcommand(
             *(_train, _train_options, _check_train, "data"),
-            common=("run_name", "resume", "config"),
+            common=("run_name", "resume", "config", "log"),
             usage="[--data DATA] [--run_name NAME] [options]",
             again=_CONTINUE,
         ),

@@ -10,6 +10,7 @@ runs/<name>/
     log.csv          one row per epoch
     tensorboard/     for `tensorboard --logdir runs`
     warnings.txt     gates that collapsed and experts that died, by epoch; absent if there was none
+    mlflow.json      which MLflow run it is logged to; absent without --log mlflow
     report.json      what `mvke evaluate` measured; figures/ holds its pictures
     export/          what `mvke export` wrote; analysis/, profiles/ and onnx/ what those commands wrote
 """
@@ -63,6 +64,7 @@ class RunFolder:
         self.logs = self.folder / "tensorboard"
         self.log_file = self.folder / "log.csv"
         self.warnings_file = self.folder / "warnings.txt"
+        self.mlflow_file = self.folder / "mlflow.json"
         self.export = self.folder / "export"
 
     @classmethod

@@ -36,7 +36,6 @@ def finished_run(
         prepared: The data.
         log: A text file; what training says is added to it.
         progress: Is shown the epochs.
-        progress: Is shown the epochs.
 
     Raises:
         RunError: If the folder holds a run of other settings or other data, or is damaged.
@@ -44,7 +43,6 @@ def finished_run(
     """
     keras.utils.clear_session()
     callbacks = [] if progress is None else [progress]
-    callbacks = [] if progress is None else [progress.of_epochs(config.training.epochs)]
     with _into(log):
         if not folder.exists():
             return train(prepared, config, folder.name, folder.parent, callbacks=callbacks).run
