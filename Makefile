@@ -5,13 +5,17 @@
 # make data         obtain and prepare MovieLens-100K
 # make tensorboard  follow the runs
 # make lint         ruff and mypy; `make format` mends what ruff can
-# make setup        the virtual environment .venv; PYTHON=python3.12 chooses the interpreter
+# make setup        the virtual environment .venv; PYTHON=python3.12 chooses the interpreter, LOCK=1 the versions of requirements.lock
+# make lock         requirements.lock anew: one version and its hashes of everything, for CPU and Python 3.11 to 3.13
+# make audit        pip-audit: known vulnerabilities of what requirements.lock names (needs the internet)
 # make clean        remove .venv
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirements-cpu.txt)
+
+LOCK ?=
 
 MODEL ?= mvke
 EPOCHS ?= 50
@@ -24,7 +28,7 @@ ARGS ?=
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help setup data train test lint format notebooks tensorboard browser clean
+.PHONY: help setup lock audit data train test lint format notebooks tensorboard browser clean
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
@@ -35,7 +39,8 @@ $(VENV)/.installed: $(REQUIREMENTS) requirements-cpu.txt pyproject.toml
 	@echo "Installing $(REQUIREMENTS) into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r $(REQUIREMENTS) -e '.[dev]'
+	$(if $(LOCK),$(PY) -m pip install --quiet --require-hashes -r requirements.lock)
+	$(PY) -m pip install --quiet $(if $(LOCK),--no-deps --no-build-isolation -e .,-r $(REQUIREMENTS) -e '.[dev]')
 	@touch $@
 
 data: setup
@@ -52,6 +57,15 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+lock: setup
+	$(PY) -m pip install --quiet uv
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--no-header --no-annotate --extra dev pyproject.toml requirements-cpu.txt --output-file requirements.lock
+
+audit: setup
+	$(PY) -m pip install --quiet pip-audit
+	$(VENV)/bin/pip-audit --require-hashes --disable-pip --requirement requirements.lock
 
 format: setup
 	$(VENV)/bin/ruff check --fix .

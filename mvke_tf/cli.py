@@ -6,9 +6,7 @@ Imports nothing heavy before a command line has proved right: `--help` and bad a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import importlib.util
 import inspect
 import io
 import json
@@ -16,8 +14,10 @@ import logging
 import os
 import re
 import select
+import shlex
 import sys
 import tempfile
+import time
 import tomllib
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,12 +25,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mvke_tf.config import CHOICES, OLD_NAMES, SECTIONS, RunConfig, entry_type, renamed
-from mvke_tf.errors import ConfigError, MissingExtraError, MvkeError
+from mvke_tf.errors import ConfigError, MvkeError, require_extra
 
 DEBUG = "MVKE_DEBUG"
 PARTS = ("train", "validation", "test")
 # Settings whose own name would be ambiguous on a command line.
 _FLAGS = {("model", "name"): "model"}
+# Settings that the short help shows.
+COMMON_SETTINGS = (
+    *("name", "tasks", "embedding_dim", "hidden_dims", "num_virtual_kernels"),
+    *("epochs", "batch_size", "learning_rate", "patience", "seed"),
+)
 Command = Callable[[argparse.Namespace], object]
 
 
@@ -149,15 +154,32 @@ def positive_int(text: str) -> int:
     return value
 
 
-def require_extra(extra: str, *modules: str) -> None:
-    """Does nothing if the modules of an optional extra are installed; imports none of them.
+class _Parser(argparse.ArgumentParser):
+    """Shows the options named in `common` only, and all of them to `--help-all`."""
 
-    Raises:
-        MissingExtraError: If one is missing; the message says how to install it.
-    """
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise MissingExtraError(f"This needs {', '.join(missing)}. Install the extra: pip install 'mvke_tf[{extra}]'")
+    common: Collection[str] | None = None
+
+    def format_help(self) -> str:
+        if self.common is None:
+            return super().format_help()
+        rest = [action for action in self._actions if action.option_strings and action.dest not in self.common]
+        rest = [action for action in rest if action.help is not argparse.SUPPRESS]
+        helps = [action.help for action in rest]
+        for action in rest:
+            action.help = argparse.SUPPRESS
+        self.epilog = f"{len(rest)} more options: {self.prog} --help-all" if rest else None
+        try:
+            return super().format_help()
+        finally:
+            for action, text in zip(rest, helps, strict=True):
+                action.help = text
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        vars(parser)["common"] = None
+        parser.print_help()
+        parser.exit()
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -181,7 +203,7 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str, without: Colle
         text = inspect.cleandoc(cls.__doc__ or "")
         described = dict(re.findall(r"^ {4}(\w+): (.+?)(?=\n {4}\w|\Z)", text, re.M | re.S))
         group = parser.add_argument_group(f"settings of the {section}")
-        for field in dataclasses.fields(cls):
+        for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in COMMON_SETTINGS):
             option = _FLAGS.get((section, field.name), field.name)
             if option in without:
                 continue
@@ -282,7 +304,7 @@ def add_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     )
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--data", default=datasets.DEFAULT)
-    named = first.parse_known_args([text for text in argv if text != "--help"])[0].data
+    named = first.parse_known_args([text for text in argv if not text.startswith("--help")])[0].data
     options = datasets.options(named)
     if options:
         group = parser.add_argument_group(f"settings of the dataset {named}")
@@ -328,8 +350,9 @@ def _open(args: argparse.Namespace) -> Any:
     return Run.open(args.run, args.model)
 
 
-def _say_next(*commands: str) -> None:
-    print("\nNext:  " + "\n       ".join(commands))
+def _say_next(*commands: Sequence[object]) -> None:
+    lines = (shlex.join(["mvke", *map(str, command)]) for command in commands)
+    print("\nNext:  " + "\n       ".join(lines))
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -355,7 +378,7 @@ def _init(args: argparse.Namespace) -> None:
         temporary.write_text(text, encoding="utf-8")
     guesses = text.count("# guess")
     print(f"{out}: a draft with {guesses} guesses, each marked `# guess`. Read it, correct it.")
-    _say_next(f"mvke check {out}")
+    _say_next(("check", out))
 
 
 def _check_options(parser: argparse.ArgumentParser) -> None:
@@ -370,7 +393,7 @@ def _check(args: argparse.Namespace) -> None:
     from mvke_tf.data.declaration import Dataset
 
     print(check(Dataset.from_toml(Path(args.data)), args.rows).table())
-    _say_next(f"mvke train --data {args.data}")
+    _say_next(("train", "--data", args.data))
 
 
 def _schema(args: argparse.Namespace) -> None:
@@ -391,7 +414,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
     prepared = prepared_dataset(_dataset(args), args.data_dir, args.overwrite)
     print(f"Prepared: {prepared.folder}")
-    _say_next(f"mvke train --data {args.data}")
+    _say_next(("train", "--data", args.data))
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
@@ -399,6 +422,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", type=Path, help="run folder to continue; its own settings hold")
     parser.add_argument("--config", type=Path, help="JSON or TOML file of settings, such as a run's config.json")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    parser.add_argument("--log", nargs="+", choices=("mlflow",), default=(), help="log to MLflow, too (extra mlflow)")
     add_settings(parser, "model", "training")
 
 
@@ -415,9 +439,9 @@ def _train(args: argparse.Namespace) -> None:
     from mvke_tf.training import train, train_run
 
     if args.resume:
-        result = train_run(Run.open(args.resume))
+        result = train_run(Run.open(args.resume), log=args.log)
     else:
-        result = train(prepared_of(args), config, args.run_name, args.runs_dir)
+        result = train(prepared_of(args), config, args.run_name, args.runs_dir, log=args.log)
     print(f"Best epoch {result.best_epoch} of {len(result.history)}: {result.run.checkpoint}")
     if result.examples_per_second:
         print(f"{result.examples_per_second:,.0f} training examples per second (median of the epochs)")
@@ -426,7 +450,105 @@ def _train(args: argparse.Namespace) -> None:
     if result.gpu_peak_memory is not None:
         print(f"Peak GPU memory {result.gpu_peak_memory / 2**30:.2f} GiB")
     folder = result.run.folder
-    _say_next(f"mvke evaluate {folder}", f"mvke analyze {folder}", f"mvke export {folder}")
+    _say_next(("evaluate", folder), ("analyze", folder), ("export", folder))
+
+
+def _runs_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="where runs are (default: runs)")
+
+
+def _runs(args: argparse.Namespace) -> None:
+    """Lists the runs of a folder, the latest first."""
+    from mvke_tf.run_folder import list_runs
+
+    runs = list_runs(args.folder)
+    if not runs:
+        print(f"There is no run in {args.folder}.")
+        _say_next(("train", "--runs_dir", args.folder))
+        return
+    print(
+        _table([("run", "dataset", "model", "score", "epochs", "age", "state"), *map(_summary, runs)], right=(3, 4, 5))
+    )
+    print("\nscore: the best validation score; age: since the last epoch")
+    _say_next(("show", runs[0].folder))
+
+
+def _summary(run: Any) -> tuple[str, ...]:
+    """One row of the list of runs; what cannot be read is `-`."""
+    from mvke_tf.run_folder import best_epoch
+
+    name, age = run.folder.name, _age(time.time() - run.changed())
+    try:
+        config, history = run.config, run.log()
+        dataset = run.data["name"] if run.has_data else "-"
+    except MvkeError:
+        return name, "-", "-", "-", "-", age, "damaged"
+    score = f"{history[best_epoch(history)]['val_score']:.4f}" if history else "-"
+    epochs = f"{len(history)}/{config.training.epochs}" if history or run.has_data else "-"
+    return name, dataset, config.model.name, score, epochs, age, run.state()
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size or (unit != "d" and seconds >= size):
+            return f"{int(seconds // size)} {unit}"
+    return f"{max(0, int(seconds))} s"
+
+
+def _table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if column in right else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _show_options(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+
+
+def _show(args: argparse.Namespace) -> None:
+    """Says what a run is: its settings, tasks, best epoch, metrics, files, and what to do next."""
+    from mvke_tf.run_folder import RunFolder, best_epoch, results_table
+
+    run = RunFolder.open(args.run, args.model)
+    history, report, state = run.log(), run.report(), run.state()
+    changed = run.config.changed()
+    facts = {
+        "run": f"{run.folder}   ({state})",
+        "dataset": run.data["name"] if run.has_data else "-",
+        "model": run.config.model.name,
+        "tasks": ", ".join(run.tasks()),
+        "settings": ", ".join(f"{name} {value}" for name, value in changed.items()) or "the defaults",
+    }
+    if history:
+        best = best_epoch(history)
+        facts["epochs"] = f"{len(history)} of at most {run.config.training.epochs}"
+        facts["best epoch"] = f"{best + 1}, validation score {history[best]['val_score']:.4f}"
+    print("\n".join(f"{name + ':':<17}{value}" for name, value in facts.items()))
+    for part in PARTS:
+        if part in report:
+            print(f"\nMetrics of the {part} part\n{results_table(report, part)}")
+    print(f"\n{run.contents()}")
+    _say_next(*_after(run, state, report))
+
+
+def _after(run: Any, state: str, report: Any) -> list[Sequence[object]]:
+    """What to do next with a run in this state."""
+    if state.startswith("running"):
+        return [("show", run.folder)]
+    if state == "interrupted":
+        return [("train", "--resume", run.folder)]
+    if state == "damaged" or not run.checkpoint.is_file():
+        return [("train", "--data", run.folder, "--config", run.config_file)]
+    if not report:
+        return [("evaluate", run.folder), ("export", run.folder)]
+    if not run.export.exists():
+        return [("analyze", run.folder), ("export", run.folder)]
+    return [("serve", run.export), ("profile", run.folder)]
 
 
 def _part_option(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -447,7 +569,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     run = _open(args)
     report = evaluate_run(run, args.split, args.batch_size, args.calibrated)
     print(f"\n{results_table(report, args.split)}\n\n{run.contents()}")
-    _say_next(f"mvke analyze {run.folder}", f"mvke export {run.folder}")
+    _say_next(("analyze", run.folder), ("export", run.folder))
 
 
 def _calibrate_options(parser: argparse.ArgumentParser) -> None:
@@ -466,7 +588,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     run = _open(args)
     print(f"\n{calibration_table(calibrate_run(run, args.method))}\n\nCalibration: {run.calibration_file}")
-    _say_next(f"mvke evaluate {run.folder} --calibrated", f"mvke export {run.folder}")
+    _say_next(("evaluate", run.folder, "--calibrated"), ("export", run.folder))
 
 
 def _analyze_options(parser: argparse.ArgumentParser) -> None:
@@ -484,6 +606,7 @@ def _analyze_options(parser: argparse.ArgumentParser) -> None:
 
 def _analyze(args: argparse.Namespace) -> None:
     """Says what the experts of a run learned: tables, pictures, a diagnosis and one page."""
+    require_extra("analysis", "matplotlib", "pandas")
     import_tensorflow()
     from mvke_tf.analysis import analyze_run
 
@@ -493,7 +616,7 @@ def _analyze(args: argparse.Namespace) -> None:
     places = {"page": analysis.page, "tables": analysis.folder / "tables", "figures": analysis.folder / "figures"}
     for what, place in places.items():
         print(f"{what + ':':<9}{place}")
-    _say_next(f"mvke export {run.folder}")
+    _say_next(("export", run.folder))
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
@@ -510,11 +633,12 @@ def _export(args: argparse.Namespace) -> None:
     import_tensorflow()
     from mvke_tf.serving import export_run
 
-    path = export_run(_open(args), args.output_dir, args.version)
+    run = _open(args)
+    path = export_run(run, args.output_dir, args.version)
     load = f"import tensorflow as tf; print(tf.saved_model.load({str(path.resolve())!r}).signatures['serving_default'])"
     print(f"SavedModel: {path}   (signatures with their inputs and outputs: {path / 'signatures.json'})")
     print(f'Load it: python -c "{load}"')
-    _say_next(f"mvke serve {path.parent}", f"mvke profile {args.run}")
+    _say_next(("serve", path.parent), ("profile", run.folder))
 
 
 def _onnx_options(parser: argparse.ArgumentParser) -> None:
@@ -543,6 +667,7 @@ def _onnx(args: argparse.Namespace) -> None:
         path = export_run_onnx(run, component, args.output_dir)
         print(f"ONNX: {path}   (its inputs and outputs: {path.with_suffix('.json')})")
     print(f"onnxruntime and Keras agree to {TOLERANCE:g} on rows of the test part.")
+    _say_next(("export", run.folder), ("profile", run.folder))
 
 
 def _port(text: str) -> int:
@@ -671,8 +796,7 @@ def _profile_options(parser: argparse.ArgumentParser) -> None:
         "--format", nargs="+", choices=("parquet", "csv"), default=["parquet", "csv"], help="formats (default: both)"
     )
     search = parser.add_argument_group(
-        "vector search",
-        "an index finds the items, approximately, instead of scoring them all; pays for large catalogues",
+        "vector search: an index finds the items, approximately, instead of scoring them all; for large catalogues"
     )
     search.add_argument("--index", choices=("faiss",), help="library of the index (default: none, exact scoring)")
     search.add_argument("--index_kind", choices=_SEARCHES, help="kind of the index (default: hnsw)")
@@ -703,12 +827,14 @@ def _check_profile(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def _profile(args: argparse.Namespace) -> None:
     """Makes the profiles of users in bulk: the items or groups that each rates highest, as files."""
+    require_extra("profile", "pandas")
     import_tensorflow()
     from mvke_tf.inference.index import IndexConfig
     from mvke_tf.serving.profiles import profile_run
 
+    run = _open(args)
     files = profile_run(
-        _open(args),
+        run,
         tasks=args.tasks,
         top=args.top,
         by=args.by,
@@ -723,6 +849,7 @@ def _profile(args: argparse.Namespace) -> None:
     )
     for task, paths in files.items():
         print(f"{task}: {', '.join(map(str, paths))}")
+    _say_next(("export", run.folder))
 
 
 def _own_config(text: str) -> tuple[str, Path]:
@@ -737,7 +864,14 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     from mvke_tf.config import BASELINE_NAMES, MODEL_NAMES
 
     names = (*MODEL_NAMES, *BASELINE_NAMES)
-    parser.add_argument("--models", nargs="+", choices=names, default=names, help="rows of the table (default: all)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="MODEL",
+        help=f"rows of the table, of {', '.join(names)} (default: all)",
+    )
     parser.add_argument("--seeds", type=positive_int, default=5, help="seeds per model, from 0 (default: 5)")
     parser.add_argument(
         "--output_dir", "--out", dest="output_dir", type=Path, required=True, help="folder, as comparisons/<name>"
@@ -762,16 +896,18 @@ def _check_compare(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def _compare(args: argparse.Namespace) -> None:
     """Trains several models with several seeds on the same data and writes one table."""
+    require_extra("compare", "matplotlib", "pandas", "scipy")
     files = dict(args.configs)
     configs = {model: read_settings(args, files.get(model, args.config)) for model in dict.fromkeys(args.models)}
     import_tensorflow()
     from mvke_tf.experiments.compare import Comparison
 
-    with _same_command_goes_on():
-        Comparison(args.output_dir, configs, args.seeds, prepared_of(args)).run()
+    _expect_many_models()
+    Comparison(args.output_dir, configs, args.seeds, prepared_of(args)).run()
     print(f"\n{(args.output_dir / 'table.md').read_text(encoding='utf-8')}")
     for name in ("table.md", "table.csv", "results.csv", "comparison.png", "runs"):
         print(args.output_dir / name)
+    _say_next(("runs", args.output_dir / "runs"))
 
 
 # Option of each searched setting.
@@ -796,6 +932,7 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
 
 def _tune(args: argparse.Namespace) -> None:
     """Searches good settings of a model; a searched setting that is given is not searched."""
+    require_extra("tune", "keras_tuner", "pandas")
     config = read_settings(args, args.config)
     fixed = [name for name, option in _SEARCHED.items() if getattr(args, option) is not None]
     import_tensorflow()
@@ -803,22 +940,20 @@ def _tune(args: argparse.Namespace) -> None:
     from mvke_tf.experiments.tune import tune
 
     prepared = prepared_of(args)
-    with _same_command_goes_on():
-        table = tune(prepared, config, args.output_dir, args.trials, args.tuner, fixed)
+    _expect_many_models()
+    table = tune(prepared, config, args.output_dir, args.trials, args.tuner, fixed)
     print(f"\n{table.to_string(index=False)}\n\n{args.output_dir / 'trials.csv'}")
     # A run of single_task learns one task; a trial of its search makes one per task.
     best = [args.output_dir / f"best_config{suffix}.json" for suffix in configs_of_runs(config, prepared.task_names())]
-    _say_next(*(f"mvke train --data {args.data} --config {path}" for path in best))
+    _say_next(*(("train", "--data", args.data, "--config", path) for path in best))
 
 
-@contextlib.contextmanager
-def _same_command_goes_on() -> Iterator[None]:
+def _expect_many_models() -> None:
     # TensorFlow warns of functions that are traced again and again; here they belong to one model after another.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("The same command goes on where it was.") from None
+
+
+_CONTINUE = "Continue with"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -828,55 +963,122 @@ class _Subcommand:
     check: Callable[[argparse.ArgumentParser, argparse.Namespace], None] = lambda parser, args: None
     # What it works on: "data" (--data), "run", or something of its own.
     on: str = ""
+    # Options of its own that the short help shows; all if there are none.
+    common: tuple[str, ...] = ()
+    # After the name; by default all options.
+    usage: str = ""
+    # What Ctrl-C says before the command line: it goes on where it was, or does everything once more.
+    again: str = "Start again with"
 
 
 _COMMANDS = {
-    "init": _Subcommand(_init, _init_options),
-    "check": _Subcommand(_check, _check_options),
-    "prepare": _Subcommand(_prepare, _prepare_options, on="data"),
-    "train": _Subcommand(_train, _train_options, _check_train, on="data"),
-    "evaluate": _Subcommand(_evaluate, _evaluate_options, _check_run, on="run"),
-    "calibrate": _Subcommand(_calibrate, _calibrate_options, _check_run, on="run"),
-    "analyze": _Subcommand(_analyze, _analyze_options, _check_run, on="run"),
-    "export": _Subcommand(_export, _export_options, _check_run, on="run"),
-    "onnx": _Subcommand(_onnx, _onnx_options, _check_run, on="run"),
-    "serve": _Subcommand(_serve, _serve_options, _check_serve),
-    "profile": _Subcommand(_profile, _profile_options, _check_profile, on="run"),
-    "compare": _Subcommand(_compare, _compare_options, _check_compare, on="data"),
-    "tune": _Subcommand(_tune, _tune_options, on="data"),
-    "schema": _Subcommand(_schema),
+    "From a table to a model": {
+        "init": _Subcommand(_init, _init_options),
+        "check": _Subcommand(_check, _check_options),
+        "prepare": _Subcommand(_prepare, _prepare_options, on="data"),
+        "train": _Subcommand(
+            *(_train, _train_options, _check_train, "data"),
+            common=("run_name", "resume", "config", "log"),
+            usage="[--data DATA] [--run_name NAME] [options]",
+            again=_CONTINUE,
+        ),
+    },
+    "Runs": {
+        "runs": _Subcommand(_runs, _runs_options),
+        "show": _Subcommand(_show, _show_options, _check_run),
+        "evaluate": _Subcommand(_evaluate, _evaluate_options, _check_run, on="run"),
+        "calibrate": _Subcommand(_calibrate, _calibrate_options, _check_run, on="run"),
+        "analyze": _Subcommand(_analyze, _analyze_options, _check_run, on="run"),
+    },
+    "Use of a model": {
+        "export": _Subcommand(_export, _export_options, _check_run, on="run"),
+        "serve": _Subcommand(
+            *(_serve, _serve_options, _check_serve),
+            common=("name", "host", "port", "token_file", "allowed_hosts"),
+            usage="MODEL_DIR [options]",
+        ),
+        "profile": _Subcommand(
+            *(_profile, _profile_options, _check_profile, "run"),
+            common=("tasks", "top", "by", "users", "exclude_seen", "output_dir", "format"),
+            usage="RUN [options]",
+        ),
+        "onnx": _Subcommand(_onnx, _onnx_options, _check_run, on="run"),
+    },
+    "Many models": {
+        "compare": _Subcommand(
+            *(_compare, _compare_options, _check_compare, "data"),
+            common=("models", "seeds", "output_dir", "config", "configs"),
+            usage="--output_dir FOLDER [--data DATA] [options]",
+            again=_CONTINUE,
+        ),
+        "tune": _Subcommand(
+            *(_tune, _tune_options),
+            on="data",
+            common=("output_dir", "trials", "tuner", "config"),
+            usage="--output_dir FOLDER [--data DATA] [options]",
+            again=_CONTINUE,
+        ),
+    },
+    "For editors": {"schema": _Subcommand(_schema)},
 }
+COMMANDS = {name: command for group in _COMMANDS.values() for name, command in group.items()}
+
+
+def _words(command: _Subcommand) -> str:
+    return inspect.cleandoc(command.run.__doc__ or "")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The parsed arguments of one command line, not run; ends the process if they are wrong."""
     from mvke_tf import __version__
 
+    lines = ["From a table to a served multi-task model."]
+    for title, group in _COMMANDS.items():
+        lines += ["", f"{title}:", *(f"    {name:<9} {_words(command)}" for name, command in group.items())]
     parser = argparse.ArgumentParser(
-        prog="mvke", description="From a table to a served multi-task model.", allow_abbrev=False
+        prog="mvke",
+        usage="mvke [--help] [--version] COMMAND ...",
+        description="\n".join(lines),
+        epilog="mvke COMMAND --help says more, mvke COMMAND --help-all everything.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mvke_tf {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    parsers = {}
-    for name, command in _COMMANDS.items():
-        words = inspect.cleandoc(command.run.__doc__ or "")
-        parsers[name] = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS, parser_class=_Parser
+    )
     # Options are made for the one command that is asked for: those of a dataset depend on which it is.
     asked = next((text for text in argv if not text.startswith("-")), None)
-    if asked in _COMMANDS:
-        command, chosen = _COMMANDS[asked], parsers[asked]
-        if command.on == "data":
-            add_data(chosen, argv)
-        if command.on == "run":
-            _add_run(chosen)
-        command.options(chosen)
-    args = parser.parse_args(argv)
-    args.parser = parsers[args.command]
-    return args
+    for name, command in COMMANDS.items():
+        chosen = commands.add_parser(
+            name,
+            prog=f"mvke {name}",
+            usage=f"mvke {name} {command.usage}" if command.usage else None,
+            description=_words(command),
+            allow_abbrev=False,
+        )
+        if name == asked:
+            chosen.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all options, and exit")
+            if command.on == "data":
+                add_data(chosen, argv)
+            if command.on == "run":
+                _add_run(chosen)
+            command.options(chosen)
+            if command.common:
+                settings = (_FLAGS.get(("model", option), option) for option in COMMON_SETTINGS)
+                chosen.common = ("help", "data", "set", *command.common, *settings)
+        chosen.set_defaults(parser=chosen)
+    return parser.parse_args(argv)
 
 
 def _run(argv: Sequence[str]) -> None:
     args = parse(argv)
-    command = _COMMANDS[args.command]
+    command = COMMANDS[args.command]
     command.check(args.parser, args)
-    command.run(args)
+    try:
+        command.run(args)
+    except KeyboardInterrupt as interrupt:
+        # Training names the run that it was about to make; a comparison or a search goes on as a whole.
+        if interrupt.args and args.command == "train":
+            raise
+        raise KeyboardInterrupt(f"{command.again}: {shlex.join(['mvke', *argv])}") from None

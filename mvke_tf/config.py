@@ -413,6 +413,15 @@ class RunConfig:
         """A dictionary that JSON can hold; `RunConfig.from_dict` reads it back."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from the defaults, `{"section.setting": value}`."""
+        return {
+            f"{section}.{field.name}": getattr(getattr(self, section), field.name)
+            for section, cls in SECTIONS.items()
+            for field in dataclasses.fields(cls)
+            if getattr(getattr(self, section), field.name) != field.default
+        }
+
     @classmethod
     def from_dict(cls, values: Any) -> RunConfig:
         """Reads what `to_dict` wrote; a section or setting that is absent keeps its default, and so does the format.

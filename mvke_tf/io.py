@@ -142,11 +142,11 @@ def remove_temporary(folder: Path) -> None:
     """Deletes what processes of this host that no longer exist left half-written directly in `folder`."""
     for path in Path(folder).glob(f"{TEMPORARY}*"):
         pid = path.name.removeprefix(TEMPORARY).split("-")[0]
-        if pid.isdecimal() and not _exists(int(pid)):
+        if pid.isdecimal() and not process_exists(int(pid)):
             shutil.rmtree(path)
 
 
-def _exists(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
     """Whether a process of this number runs on this host; on Windows, where asking is not free, always true."""
     if os.name == "nt":
         return True

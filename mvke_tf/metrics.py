@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pandas as pd
+import polars as pl
 from sklearn import metrics as sklearn_metrics
 
 
@@ -40,16 +40,21 @@ def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float:
     Returns:
         A value in [0, 1]; NaN if no group has both labels.
     """
-    rows = pd.DataFrame({"group": groups, "label": np.asarray(labels, np.float64), "score": scores})
+    rows = pl.DataFrame(
+        {"group": np.unique(groups, return_inverse=True)[1], "label": np.asarray(labels, np.float64), "score": scores}
+    )
     # The rank-sum form of the AUC; tied scores share their mean rank.
-    rows["positive_rank"] = rows.groupby("group")["score"].rank() * rows["label"]
-    sums = rows.groupby("group").agg(rows=("label", "size"), positives=("label", "sum"), ranks=("positive_rank", "sum"))
-    sums = sums[(sums["positives"] > 0) & (sums["positives"] < sums["rows"])]
-    if sums.empty:
+    sums = (
+        rows.with_columns(rank=pl.col("score").rank("average").over("group"))
+        .group_by("group", maintain_order=True)
+        .agg(rows=pl.len(), positives=pl.col("label").sum(), ranks=(pl.col("rank") * pl.col("label")).sum())
+        .filter((pl.col("positives") > 0) & (pl.col("positives") < pl.col("rows")))
+    )
+    if sums.is_empty():
         return math.nan
-    pairs = sums["positives"] * (sums["rows"] - sums["positives"])
-    group_auc = (sums["ranks"] - sums["positives"] * (sums["positives"] + 1) / 2) / pairs
-    return float(np.average(group_auc, weights=sums["rows"]))
+    size, positives, ranks = (sums[name].to_numpy() for name in ("rows", "positives", "ranks"))
+    group_auc = (ranks - positives * (positives + 1) / 2) / (positives * (size - positives))
+    return float(np.average(group_auc, weights=size))
 
 
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
@@ -86,11 +91,12 @@ def value_bins(labels: np.ndarray, values: np.ndarray, bins: int = 10) -> tuple[
     """
     if bins < 1:
         raise ValueError(f"`bins` must be at least 1. Received: {bins}")
-    rows = pd.DataFrame({"value": np.asarray(values, np.float64), "label": np.asarray(labels, np.float64)})
-    quantile = (rows["value"].rank() - 0.5) / max(len(rows), 1)
-    by_bin = rows.groupby((quantile * bins).astype(int).to_numpy())
-    means = by_bin.mean()
-    return means["value"].to_numpy(), means["label"].to_numpy(), by_bin.size().to_numpy()
+    values, labels = np.asarray(values, np.float64), np.asarray(labels, np.float64)
+    quantile = (pl.Series(values).rank("average").to_numpy() - 0.5) / max(len(values), 1)
+    _, inside, size = np.unique((quantile * bins).astype(int), return_inverse=True, return_counts=True)
+    sums = (np.bincount(inside, weights=column, minlength=len(size)) for column in (values, labels))
+    predicted, observed = (total / size for total in sums)
+    return predicted, observed, size
 
 
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> float:

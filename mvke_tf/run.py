@@ -1,32 +1,14 @@
-"""One run directory: settings, data, checkpoints, logs, report, export.
-
-runs/<name>/
-    config.json      settings of model and training
-    dataset.json     the declaration of the dataset
-    encoder.json     how raw features become the inputs of the model
-    data.json        which prepared data the run is trained on: their folder, relative to the run, and their digest
-    best.keras       the model of the epoch with the best validation score
-    state.npz        everything that resuming needs: weights, optimizer, seeds, history
-    log.csv          one row per epoch
-    tensorboard/     for `tensorboard --logdir runs`
-    warnings.txt     gates that collapsed and experts that died, by epoch; absent if there was none
-    report.json      what `mvke evaluate` measured; figures/ holds its pictures
-    export/          what `mvke export` wrote; analysis/, profiles/ and onnx/ what those commands wrote
-"""
+"""One run directory with what needs Keras: its data, model and training state."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import json
 import logging
 import os
 import re
-import shlex
-import socket
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -39,36 +21,21 @@ from mvke_tf.config import FORMAT, RunConfig
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.encoder import Encoder
 from mvke_tf.data.store import PreparedDataset
-from mvke_tf.errors import ConfigError, RunError
-from mvke_tf.io import CORRUPT_FILE_ERRORS, atomic_write, read_arrays, read_json, remove_temporary, write_json
+from mvke_tf.errors import RunError
+from mvke_tf.io import CORRUPT_FILE_ERRORS, atomic_write, read_arrays, read_json, write_json
 from mvke_tf.layers import LogitMap
 from mvke_tf.models import TwoTowerModel, load_model
+from mvke_tf.run_folder import History, RunFolder, quoted, resume_command
 
 LOGGER = logging.getLogger(__name__)
 
-History = list[dict[str, float]]
-OLDER_VERSION = "0.1"
 
-
-class Run:
+class Run(RunFolder):
     """A run directory.
 
     Args:
         folder: An existing run directory; `Run.create` makes one.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.config_file = self.folder / "config.json"
-        self.checkpoint = self.folder / "best.keras"
-        self.state_file = self.folder / "state.npz"
-        self.report_file = self.folder / "report.json"
-        self.calibration_file = self.folder / "calibration.json"
-        self.figures = self.folder / "figures"
-        self.logs = self.folder / "tensorboard"
-        self.log_file = self.folder / "log.csv"
-        self.warnings_file = self.folder / "warnings.txt"
-        self.export = self.folder / "export"
 
     @classmethod
     def create(cls, folder: Path, config: RunConfig, prepared: PreparedDataset) -> Run:
@@ -109,86 +76,6 @@ class Run:
         run.__dict__["prepared"] = prepared
         return run
 
-    @classmethod
-    def open(cls, path: Path, model: str | None = None) -> Run:
-        """Opens a run.
-
-        Args:
-            path: Its directory, or a checkpoint in it.
-            model: Name of the model that it must hold; any by default.
-
-        Raises:
-            RunError: If there is no run, an older version has made it, or it holds another model.
-        """
-        path = Path(path)
-        run = cls(path.parent if path.is_file() else path)
-        if not run.config_file.is_file():
-            raise RunError(
-                f"There is no run at {path}. Expected a folder such as runs/<name> with a config.json, as "
-                "`mvke train` makes it, or the best.keras in it."
-            )
-        if model not in (None, run.config.model.name):
-            raise RunError(
-                f"--model does not fit the run {run.folder}. Expected: {run.config.model.name}. Received: {model}"
-            )
-        return run
-
-    def contents(self) -> str:
-        """What the run has made so far, one line each with its path."""
-        made = {
-            "settings": self.config_file,
-            "best checkpoint": self.checkpoint,
-            "log": self.log_file,
-            "warnings": self.warnings_file,
-            "TensorBoard": self.logs,
-            "report": self.report_file,
-            "calibration": self.calibration_file,
-            "figures": self.figures,
-            "SavedModel": self.export,
-        }
-        return "\n".join(f"{what + ':':<17}{path}" for what, path in made.items() if path.exists())
-
-    @cached_property
-    def config(self) -> RunConfig:
-        """Settings of the run.
-
-        Raises:
-            RunError: If they cannot be used.
-        """
-        values = read_json(self.config_file, RunError)
-        if isinstance(values, dict) and "format" not in values and ("data" in values or self._is_old):
-            raise RunError(
-                f"{self.folder} was made by mvke_tf {OLDER_VERSION}. Train again with this version, or use the run "
-                f"with mvke_tf {OLDER_VERSION}."
-            )
-        if isinstance(values, dict) and values.get("format") != FORMAT:
-            raise RunError(
-                f"{self.config_file} has another format than this version of mvke_tf reads; another version has made "
-                f"the run. Expected: {FORMAT}. Received: {values.get('format')!r}"
-            )
-        try:
-            return RunConfig.from_dict(values)
-        except ConfigError as error:
-            raise RunError(f"{self.config_file} cannot be used: {error}") from error
-
-    @property
-    def _is_old(self) -> bool:
-        return (self.folder / "prepared.npz").exists()
-
-    @cached_property
-    def data(self) -> dict[str, str]:
-        """Which prepared data the run is trained on: `name`, `digest`, `fingerprint`, `folder` and `source`.
-
-        Raises:
-            RunError: If the file is missing or damaged.
-        """
-        path = self.folder / "data.json"
-        values = read_json(path, RunError)
-        names = ("name", "digest", "fingerprint", "folder", "source")
-        if not isinstance(values, dict) or any(not isinstance(values.get(name), str) for name in names):
-            raise RunError(f"{path} is damaged. Expected texts {names}. {self._train_anew('DATA')}")
-        return values
-
     @cached_property
     def dataset(self) -> Dataset:
         """The declaration of the dataset, as it was when the run was made.
@@ -215,7 +102,7 @@ class Run:
         try:
             return read()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RunError(f"{self.folder / name} is damaged ({error}). {self._train_anew('DATA')}") from error
+            raise RunError(f"{self.folder / name} is damaged ({error}). {self.train_anew('DATA')}") from error
 
     @property
     def prepared_folder(self) -> Path:
@@ -245,12 +132,7 @@ class Run:
         if not self.dataset.source.path and self.dataset.split.by != "files":
             return "Make them again in Python, from the same tables: `mvke_tf.prepared_dataset`."
         data_dir = self.prepared_folder.parents[1]
-        return f"Make them again: mvke prepare --data {_quoted(self.folder)} --data_dir {_quoted(data_dir)}"
-
-    def _train_anew(self, data: str | None = None) -> str:
-        """The command that trains a new run of the same settings, of the declaration in the run by default."""
-        data = data or _quoted(self.folder)
-        return f"Train a new run of its settings: mvke train --data {data} --config {_quoted(self.config_file)}"
+        return f"Make them again: mvke prepare --data {quoted(self.folder)} --data_dir {quoted(data_dir)}"
 
     def load_model(self, calibrated: bool = False) -> TwoTowerModel:
         """The best checkpoint.
@@ -275,13 +157,13 @@ class Run:
         try:
             return load_model(self.checkpoint)
         except (RunError, TypeError, KeyError, AttributeError) as error:
-            raise RunError(f"{self.checkpoint} cannot be used: {error} {self._train_anew()}") from error
+            raise RunError(f"{self.checkpoint} cannot be used: {error} {self.train_anew()}") from error
 
     def lost_checkpoint(self) -> RunError:
         """What to raise where epochs have finished and their best checkpoint is gone."""
         return RunError(
             f"{self.checkpoint} is lost, although epochs of the run have finished; only that file holds the weights of "
-            f"the best one. {self._train_anew()}"
+            f"the best one. {self.train_anew()}"
         )
 
     def save_calibration(self, method: str, tasks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -297,7 +179,7 @@ class Run:
         if not self.calibration_file.is_file():
             return {}
         values = read_json(self.calibration_file, RunError)
-        again = f"Fit it again: mvke calibrate {_quoted(self.folder)}"
+        again = f"Fit it again: mvke calibrate {quoted(self.folder)}"
         try:
             checkpoint, tasks = values["checkpoint"], values["tasks"]
             found = {task: LogitMap(**settings) for task, settings in tasks.items()}
@@ -359,7 +241,7 @@ class Run:
             one, other = next(pair for pair in zip_longest(kept, own) if pair[0] != pair[1])
             raise RunError(
                 f"{self.state_file} does not fit the model of config.json: its settings or the version have changed. "
-                f"Expected {len(own)} variables with {other}. Received: {len(kept)} with {one}. {self._train_anew()}"
+                f"Expected {len(own)} variables with {other}. Received: {len(kept)} with {one}. {self.train_anew()}"
             )
         for variable, value in zip(variables, arrays, strict=True):
             variable.assign(value)
@@ -388,48 +270,7 @@ class Run:
 
     def _damaged_state(self, reason: str) -> RunError:
         kept = f" {self.checkpoint} can still be used." if self.checkpoint.is_file() else ""
-        return RunError(f"{self.state_file} is damaged ({reason}), and resuming needs it.{kept} {self._train_anew()}")
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Makes this process the only one that trains the run, and clears away what a killed one left half-written.
-
-        A lock ends with its process, however that ends.
-
-        Raises:
-            RunError: If another process trains it.
-        """
-        path = self.folder / ".lock"
-        with open(path, "a+", encoding="utf-8") as file:
-            file.seek(0)
-            owner = file.read(256).strip()
-            host = owner.rpartition(" ")[2]
-            taken = not _try_lock(file)
-            # The system knows the processes of this host only.
-            if taken or (owner and host != socket.gethostname()):
-                raise RunError(
-                    f"{self.folder} is being trained by another process ({owner or 'just started'}). Wait for it, or "
-                    f"end it. If it no longer exists, delete {path}."
-                )
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            try:
-                for folder in (self.folder, self.logs):
-                    remove_temporary(folder)
-                yield
-            finally:
-                # The empty file stays: who deletes a lock may delete that of the next process.
-                file.truncate(0)
-
-
-def resume_command(run: Run) -> str:
-    """The command line that continues the training of a run."""
-    return f"mvke train --resume {_quoted(run.folder)}"
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
+        return RunError(f"{self.state_file} is damaged ({reason}), and resuming needs it.{kept} {self.train_anew()}")
 
 
 def _relative(path: Path, start: Path) -> str:
@@ -439,24 +280,6 @@ def _relative(path: Path, start: Path) -> str:
         return Path(os.path.relpath(path, start)).as_posix()
     except ValueError:
         return path.as_posix()
-
-
-def _try_lock(file: Any) -> bool:
-    """Whether the open file could be locked against other processes until it is closed."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            # A byte far behind the text, which others may still read.
-            file.seek(2**20)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
 
 
 def _state_variables(model: keras.Model) -> list[keras.Variable]:

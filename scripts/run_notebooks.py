@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from mvke_tf.cli import require_extra, run_main
-from mvke_tf.errors import MvkeError
+from mvke_tf.cli import run_main
+from mvke_tf.errors import MvkeError, require_extra
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode

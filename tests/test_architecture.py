@@ -17,6 +17,7 @@ FLOORS = (
     (2, {"layers", "losses", "metrics"}),
     (2, {"figures"}),
     (3, {"data", "models"}),
+    (4, {"run_folder"}),
     (4, {"datasets", "inference", "run"}),
     (5, {"analysis", "evaluation", "serving", "training"}),
     (6, {"experiments"}),

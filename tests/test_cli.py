@@ -1,8 +1,10 @@
 import argparse
+import dataclasses
 import inspect
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from tests.conftest import REPOSITORY
 
 COMMANDS = (
     *("init", "check", "prepare", "train", "evaluate", "analyze", "export", "onnx", "serve", "profile", "compare"),
-    *("tune", "schema"),
+    *("tune", "schema", "runs", "show"),
 )
 
 
@@ -135,6 +137,39 @@ def test_every_command_has_help(command, mvke):
     code, output, _ = mvke(command, "--help")
     assert code == 0
     assert output.startswith(f"usage: mvke {command}")
+
+
+def test_help_is_short_and_everything_is_in_help_all(mvke):
+    _, short, _ = mvke("train", "--help")
+    _, everything, _ = mvke("train", "--help-all")
+    assert "--learning_rate" in short and "--steps_per_execution" not in short
+    assert len(short.splitlines()) < 60 and "more options: mvke train --help-all" in short
+    assert "--steps_per_execution" in everything and "more options" not in everything
+    settings = everything[everything.index("settings of the training") :]
+    assert settings.index("--seed") < settings.index("--optimizer")
+    # What is hidden is understood all the same.
+    assert cli.parse(["train", "--steps_per_execution", "2"]).steps_per_execution == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "interrupt", "said"),
+    [
+        (["compare", "--output_dir", "my cmp"], "Continue with: mvke train --resume x", "Continue with: {}"),
+        (["tune", "--output_dir", "t"], None, "Continue with: {}"),
+        (["train", "--run_name", "a"], None, "Continue with: {}"),
+        (["train"], "Continue with: mvke train --resume runs/x", "Continue with: mvke train --resume runs/x"),
+        (["prepare"], None, "Start again with: {}"),
+        (["profile", "."], None, "Start again with: {}"),
+    ],
+)
+def test_ctrl_c_prints_the_command_that_continues(argv, interrupt, said, mvke, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt(*([interrupt] if interrupt else []))
+
+    command = dataclasses.replace(cli.COMMANDS[argv[0]], run=interrupted)
+    monkeypatch.setitem(cli.COMMANDS, argv[0], command)
+    code, _, error = mvke(*argv)
+    assert (code, error) == (130, f"\nInterrupted. {said.format(shlex.join(['mvke', *argv]))}\n")
 
 
 def test_all_commands_are_named(mvke):

@@ -15,7 +15,8 @@ from mvke_tf.data.preparation import prepared_dataset
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import RunError
 from mvke_tf.io import write_json
-from mvke_tf.run import Run, resume_command
+from mvke_tf.run import Run
+from mvke_tf.run_folder import resume_command
 from mvke_tf.training.loop import build_training_model
 from tests.conftest import REPOSITORY
 from tests.small import SMALL, small_log

@@ -1,5 +1,10 @@
 """What the experts of a model learned: tables, pictures, verdict, and the page on a finished run."""
 
+from mvke_tf.errors import require_extra
+
+require_extra("analysis", "matplotlib", "pandas")
+
+# ruff: noqa: E402
 from mvke_tf.analysis.explanation import UserState, explain_user, user_state
 from mvke_tf.analysis.report import Analysis, analyze_run
 from mvke_tf.analysis.study import Study

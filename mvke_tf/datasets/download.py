@@ -9,10 +9,12 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import pooch
-import requests
+from mvke_tf.errors import DataError, require_extra
 
-from mvke_tf.errors import DataError
+require_extra("datasets", "pooch", "requests")
+
+import pooch  # noqa: E402
+import requests  # noqa: E402
 
 CONNECT_TIMEOUT = 10  # seconds; short, so that a machine without internet soon tries the next source
 READ_TIMEOUT = 30  # seconds without a byte

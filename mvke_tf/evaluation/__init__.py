@@ -3,7 +3,8 @@
 from mvke_tf.evaluation.calibration import METHODS, calibrate_run, calibration_table
 from mvke_tf.evaluation.groups import group_metrics
 from mvke_tf.evaluation.multitask import evaluate_multitask_model
-from mvke_tf.evaluation.report import Report, evaluate_model, evaluate_run, measure, results_table
+from mvke_tf.evaluation.report import Report, evaluate_model, evaluate_run, measure
+from mvke_tf.run_folder import results_table
 
 __all__ = [
     "METHODS",

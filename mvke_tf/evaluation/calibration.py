@@ -11,11 +11,12 @@ from sklearn.linear_model import LogisticRegression
 
 from mvke_tf.errors import ConfigError, DataError
 from mvke_tf.evaluation.outcomes import Outcome
-from mvke_tf.evaluation.report import Report, cell, outcomes_of
+from mvke_tf.evaluation.report import outcomes_of
 from mvke_tf.inference.vectors import TILE_ROWS
 from mvke_tf.layers import LogitMap
 from mvke_tf.metrics import binary_metrics, value_bins
 from mvke_tf.run import Run
+from mvke_tf.run_folder import Report, cell
 
 METHODS = ("temperature", "platt", "isotonic")
 # Bins of equally many rows whose mean logits and shares of positives isotonic regression starts from.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-from matplotlib.figure import Figure
 
 from mvke_tf.data.groups import FEW_ROWS, SMALL_SHARE, Grouping, is_small
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.evaluation.outcomes import Outcome
-from mvke_tf.figures import BLUE, plain_text
 from mvke_tf.metrics import auc, poisson_deviance
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 ALL = "all"
 # Groups that a picture can show.
@@ -42,6 +44,8 @@ def group_metrics(
         multi-class task, `mean_prediction` and `mean_label` (of all but the last). All rows are the group `"all"` of
         the variable `"all"`. What is not defined, as an AUC of one class, is NaN.
     """
+    import pandas as pd
+
     rows = prepared.part_rows(part)
     entities = {"user": prepared.user_row[rows], "item": prepared.item_row[rows]}
     measured = []
@@ -82,6 +86,10 @@ def groups_figure(frame: pd.DataFrame, grouping: Grouping, kinds: dict[str, str]
         kinds: `{task: kind}`.
         part: Name of the part, for the title.
     """
+    from matplotlib.figure import Figure
+
+    from mvke_tf.figures import BLUE, plain_text
+
     shown = frame[frame["variable"] == grouping.variable]
     total = frame[frame["variable"] == ALL].set_index("task")
     sizes = shown.groupby("group")["rows"].max()

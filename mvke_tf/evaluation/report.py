@@ -9,34 +9,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from mvke_tf.data.groups import groups
 from mvke_tf.data.store import PreparedDataset
-from mvke_tf.errors import ConfigError, RunError
+from mvke_tf.errors import RunError, missing_modules
 from mvke_tf.evaluation.groups import group_metrics, groups_figure
 from mvke_tf.evaluation.outcomes import Outcome, outcomes, part_rows
-from mvke_tf.figures import calibration_figure, regression_figure, roc_figure, save_figure
 from mvke_tf.inference.predictions import predict
 from mvke_tf.inference.vectors import TILE_ROWS
-from mvke_tf.io import atomic_write, csv_safe, read_json, write_json
+from mvke_tf.io import atomic_write, csv_safe, write_json
 from mvke_tf.metrics import auc, defined, task_metrics
 from mvke_tf.models import TwoTowerModel
 from mvke_tf.run import Run
+from mvke_tf.run_folder import USERS, Metrics, Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
-
-Metrics = dict[str, float | int | None]
-Report = dict[str, dict[str, Metrics]]
-
-_USERS = {"all": "{part}", "warm": "{part}_warm_users", "cold": "{part}_cold_users"}
-_COLUMNS = (
-    *("rows", "positives", "auc", "auc_given", "gauc", "accuracy", "log_loss", "calibration_error"),
-    *("macro_auc", "poisson_deviance", "mse", "rmse", "mae"),
-)
 
 
 def evaluate_model(model: TwoTowerModel, prepared: PreparedDataset, part: str, batch_size: int = TILE_ROWS) -> Report:
@@ -66,7 +59,8 @@ def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS, cali
 
     Splits of other parts that are in the report already stay. The pictures are `<part>_roc.png` and
     `<part>_calibration.png` of the binary tasks, `<part>_regression.png` of the others, and for each variable by which
-    the declaration groups users or items `<part>_groups_<variable>.png`; `<part>_groups.csv` has the numbers.
+    the declaration groups users or items `<part>_groups_<variable>.png`; `<part>_groups.csv` has the numbers. Both are
+    left out, with a note, where the extra `analysis` is not installed.
 
     Args:
         run: The run.
@@ -83,7 +77,7 @@ def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS, cali
         RunError: If the run has no checkpoint, no data, or not the calibration that is asked for, or its present report
             is damaged.
     """
-    merged = _read_report(run.report_file)
+    merged = run.report()
     prepared = run.prepared
     rows = len(part_rows(prepared, part))
     model = run.load_model(calibrated)
@@ -92,18 +86,29 @@ def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS, cali
     logger.info("Evaluating %s on %s rows of the %s part ...", run.checkpoint, f"{rows:,}", part)
     found = outcomes_of(model, prepared, part, batch_size)
     merged |= _report(found, prepared, part)
+    if missing := missing_modules("matplotlib", "pandas"):
+        needed = f"{', '.join(missing)}: pip install 'mvke_tf[analysis]'"
+        logger.info("Note: pictures and metrics by group are left out; they need %s", needed)
+    else:
+        _write_pictures(run, found, model.kinds, part)
+    write_json(run.report_file, merged)
+    return merged
+
+
+def _write_pictures(run: Run, found: Sequence[Outcome], kinds: dict[str, str], part: str) -> None:
+    from mvke_tf.figures import save_figure
+
+    prepared = run.prepared
     groupings = groups(prepared)
     by_group = group_metrics(found, groupings, prepared, part)
     figures = _figures(found, part)
     for grouping in groupings:
         if grouping.variable in set(by_group["variable"]):
-            figures[f"groups_{grouping.variable}"] = groups_figure(by_group, grouping, model.kinds, part)
+            figures[f"groups_{grouping.variable}"] = groups_figure(by_group, grouping, kinds, part)
     for name, figure in figures.items():
         save_figure(figure, run.figures / f"{part}_{name}.png")
     with atomic_write(run.folder / f"{part}_groups.csv") as temporary:
         by_group.map(csv_safe).to_csv(temporary, index=False, float_format="%.8g")
-    write_json(run.report_file, merged)
-    return merged
 
 
 def measure(
@@ -136,7 +141,7 @@ def _report(found: Sequence[Outcome], prepared: PreparedDataset, part: str) -> R
         ids, warm = prepared.users.key[users], prepared.known("user")[users]
         kinds_of_users |= {"warm": warm, "cold": ~warm}
     return {
-        _USERS[kind].format(part=part): {outcome.task: _metrics(outcome, chosen, ids) for outcome in found}
+        USERS[kind].format(part=part): {outcome.task: _metrics(outcome, chosen, ids) for outcome in found}
         for kind, chosen in kinds_of_users.items()
     }
 
@@ -153,6 +158,8 @@ def _metrics(outcome: Outcome, chosen: np.ndarray, users: np.ndarray | None) -> 
 
 def _figures(found: Sequence[Outcome], part: str) -> dict[str, Figure]:
     """Pictures of one part by name: ROC and calibration of binary tasks; mean labels of regressions and counts."""
+    from mvke_tf.figures import calibration_figure, regression_figure, roc_figure
+
     curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {"binary": {}, "given": {}, "regression": {}}
     for outcome in found:
         rows = outcome.counts
@@ -172,55 +179,3 @@ def _figures(found: Sequence[Outcome], part: str) -> dict[str, Figure]:
     if curves["regression"]:
         pictures["regression"] = regression_figure(curves["regression"], part)
     return pictures
-
-
-def results_table(report: Report, part: str) -> str:
-    """The results on one part as a plain-text table: per task, for all, for known and for new users.
-
-    Args:
-        report: As `evaluate_run` returns it.
-        part: Its part.
-
-    Raises:
-        ConfigError: If the report does not have the part.
-    """
-    if part not in report:
-        raise ConfigError(f"The report has no split {part!r}. It has: {sorted(report)}")
-    splits = {
-        users: report[split] for users, pattern in _USERS.items() if (split := pattern.format(part=part)) in report
-    }
-    columns = [name for name in _COLUMNS if any(name in metrics for metrics in report[part].values())]
-    names = ["task", "users"] if len(splits) > 1 else ["task"]
-    cells = [[*names, *(name.replace("_", " ") for name in columns)]]
-    for task in report[part]:
-        for users, tasks in splits.items():
-            if task in tasks:
-                cells.append([*[task, users][: len(names)], *(cell(tasks[task].get(name)) for name in columns)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            text.ljust(width) if column < len(names) else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def cell(value: float | int | None) -> str:
-    """A metric as text of a table: four decimals, `-` for one that is not defined."""
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
-def _read_report(path: Path) -> Report:
-    if not path.is_file():
-        return {}
-    try:
-        report = read_json(path, RunError)
-    except RunError as error:
-        raise RunError(f"{error} Delete it and evaluate again.") from error
-    if not isinstance(report, dict) or not all(isinstance(tasks, dict) for tasks in report.values()):
-        raise RunError(f"{path} is no report {{split: {{task: {{metric: value}}}}}}. Delete it and evaluate again.")
-    return report

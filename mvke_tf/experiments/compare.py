@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from mvke_tf.config import BASELINE_NAMES, RunConfig, TrainingConfig
 from mvke_tf.data.store import PreparedDataset
@@ -28,7 +28,7 @@ from mvke_tf.errors import ConfigError, RunError
 from mvke_tf.evaluation import evaluate_model
 from mvke_tf.experiments.baselines import check_baseline, run_baseline
 from mvke_tf.experiments.compare_tables import comparison_figure, markdown, own_settings, summary
-from mvke_tf.experiments.runs import configs_of_runs, finished_run
+from mvke_tf.experiments.runs import Progress, configs_of_runs, finished_run
 from mvke_tf.figures import save_figure
 from mvke_tf.io import atomic_write, write_json
 from mvke_tf.models import check_model
@@ -97,17 +97,18 @@ class Comparison:
                 check_baseline(model, self.prepared, self.tasks)
         steps = [(model, seed) for seed in range(self.seeds) for model in self.configs if _has_seed(model, seed)]
         rows = []
-        with tqdm(total=sum(len(self.run_configs(*step)) for step in steps), unit="run") as progress:
-            for number, (model, seed) in enumerate(steps):
+        progress = Progress(sum(len(self.run_configs(*step)) for step in steps))
+        number = 0
+        with contextlib.closing(progress):
+            for index, (model, seed) in enumerate(steps):
                 reports, costs = [], []
                 for name, config in self.run_configs(model, seed).items():
-                    progress.set_postfix_str(name)
-                    report, cost = self._finished(name, config)
+                    number += 1
+                    report, cost = self._finished(name, config, number, progress)
                     reports.append(report)
                     costs.append(cost)
-                    progress.update()
                 rows.append(result_row(model, seed, reports, costs))
-                if number + 1 == len(steps) or steps[number + 1][1] != seed:
+                if index + 1 == len(steps) or steps[index + 1][1] != seed:
                     table = self._write(pd.DataFrame(rows))
         return table
 
@@ -139,15 +140,16 @@ class Comparison:
         models = {model: config.to_dict() for model, config in {**before, **self.configs}.items()}
         write_json(path, {"data": self.prepared.digest, "models": models})
 
-    def _finished(self, name: str, config: RunConfig) -> tuple[dict, dict]:
+    def _finished(self, name: str, config: RunConfig, number: int, progress: Progress) -> tuple[dict, dict]:
         """Report and cost of one run, which is made if need be; `cost.json` comes last and marks it as finished."""
         run = Run(self.folder / "runs" / name)
         cost_file = run.folder / "cost.json"
         if not cost_file.is_file():
+            progress.start(number, name)
             if config.model.name in BASELINE_NAMES:
                 _fit_baseline(run, config, self.prepared, self.tasks)
             else:
-                run = finished_run(config, run.folder, self.prepared, self.folder / "training.log")
+                run = finished_run(config, run.folder, self.prepared, self.folder / "training.log", progress)
                 model = run.load_model()
                 report: dict[str, Any] = {}
                 for part in PARTS:

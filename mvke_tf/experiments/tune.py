@@ -23,12 +23,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from mvke_tf.config import RunConfig
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError, DataError, MissingExtraError, MvkeError, RunError, TrainingError
-from mvke_tf.experiments.runs import configs_of_runs, finished_run
+from mvke_tf.experiments.runs import Progress, configs_of_runs, finished_run
 from mvke_tf.io import atomic_write, write_json
 from mvke_tf.models import check_model
 from mvke_tf.run import Run
@@ -138,26 +137,23 @@ def tune(
     # KerasTuner prints that it reloads.
     with contextlib.redirect_stdout(io.StringIO()):
         keeper = library.engine.base_tuner.BaseTuner(oracle, directory=str(folder), project_name="oracle")
-    with tqdm(total=trials, unit="trial") as progress:
+    with contextlib.closing(Progress(trials * len(configs_of_runs(base, tasks)))) as progress:
         while (trial := oracle.create_trial(keeper.tuner_id)).status != "STOPPED":
-            progress.update(int(trial.trial_id) - progress.n)
-            progress.set_postfix(trial.hyperparameters.values)
             # KerasTuner repeats the trial that it ended last, which has its score.
             trial.status = "COMPLETED"
             if trial.score is None:
                 try:
                     config = trial_config(base, trial.hyperparameters.values)
-                    score = _run_trial(config, folder, trial, prepared)
+                    score = _run_trial(config, folder, trial, prepared, progress)
                     oracle.update_trial(trial.trial_id, {OBJECTIVE: score})
                 except (DataError, RunError):
                     raise
                 except MvkeError as error:
                     # Diverged, or a shape that cannot be built, as more kept kernels than a task sees.
                     trial.status, trial.message = "FAILED", str(error)
-                    progress.write(f"{_name(trial)} failed: {error}")
+                    progress.say(f"{_name(trial)} failed: {error}")
             oracle.end_trial(trial)
             keeper.save()
-            progress.update()
     done = oracle.get_best_trials(trials)
     done = [trial for trial in done if trial.status == "COMPLETED"]
     if not done:
@@ -171,12 +167,15 @@ def tune(
     return table
 
 
-def _run_trial(config: RunConfig, folder: Path, trial: Any, prepared: PreparedDataset) -> float:
+def _run_trial(config: RunConfig, folder: Path, trial: Any, prepared: PreparedDataset, progress: Progress) -> float:
     """Trains, or finishes, the runs of a trial; returns the mean of their best validation scores."""
     scores = []
-    for suffix, run_config in configs_of_runs(config, prepared.task_names(config.model.tasks)).items():
-        place = folder / "runs" / f"{_name(trial)}{suffix}"
-        run = finished_run(run_config, place, prepared, folder / "training.log")
+    configs = configs_of_runs(config, prepared.task_names(config.model.tasks))
+    for index, (suffix, run_config) in enumerate(configs.items(), start=1):
+        name = f"{_name(trial)}{suffix}"
+        values = ", ".join(f"{key} {value}" for key, value in trial.hyperparameters.values.items())
+        progress.start(int(trial.trial_id) * len(configs) + index, f"{name} ({values})")
+        run = finished_run(run_config, folder / "runs" / name, prepared, folder / "training.log", progress)
         scores.append(pd.read_csv(run.log_file)[OBJECTIVE].max())
     return float(np.mean(scores))
 

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import keras
-import numpy as np
+from tqdm import tqdm
 
 from mvke_tf.config import TrainingConfig
 from mvke_tf.errors import TrainingError
 from mvke_tf.models import TwoTowerModel
-from mvke_tf.run import History, Run
+from mvke_tf.run import Run
+from mvke_tf.run_folder import History, best_epoch
 from mvke_tf.training.balancing import BalancedModel
 from mvke_tf.training.validation import Validation
 
-
-def best_epoch(history: History) -> int:
-    """Index of the epoch with the best validation score, the first of equals."""
-    return int(np.argmax([epoch["val_score"] for epoch in history]))
-
-
-def is_finished(history: History, config: TrainingConfig) -> bool:
-    """Whether all epochs are done, or `patience` epochs have passed without a better one."""
-    if len(history) >= config.epochs:
-        return True
-    return bool(config.patience and history) and len(history) - 1 - best_epoch(history) >= config.patience
+LOGGER = logging.getLogger(__name__)
+LINE_WIDTH = 100
 
 
 class EpochWatch(keras.callbacks.Callback):
@@ -99,3 +95,76 @@ class RunKeeper(keras.callbacks.Callback):
         self.run.save_state(self.model, self.history)
         # The data are those of one epoch.
         self.model.stop_training = True
+
+
+class EpochLine(keras.callbacks.Callback):
+    """Says a line after each epoch, and shows a bar meanwhile where the output is a terminal.
+
+    Args:
+        steps: Batches per epoch.
+        history: The epochs that have finished, the present one included.
+    """
+
+    def __init__(self, steps: int, history: History) -> None:
+        super().__init__()
+        self.steps, self.history = steps, history
+        self._bar: Any = None
+        self._started = 0.0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._started = time.perf_counter()
+        self._bar = tqdm(
+            total=self.steps,
+            desc=f"Epoch {epoch + 1}",
+            unit="batch",
+            leave=False,
+            file=sys.stdout,
+            disable=not sys.stdout.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def on_train_batch_end(self, batch, logs=None):
+        # Of several batches in one step, the last.
+        self._bar.update(batch + 1 - self._bar.n)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._bar.close()
+        seconds = time.perf_counter() - self._started
+        is_best = best_epoch(self.history) == epoch
+        LOGGER.info(epoch_line(self.history[-1], self.params["epochs"], seconds, is_best))
+
+
+def epoch_line(logs: Mapping[str, float], epochs: int, seconds: float, is_best: bool) -> str:
+    """An epoch in at most `LINE_WIDTH` columns: losses, score, then so many metrics of tasks as there is room for.
+
+    Args:
+        logs: The epoch, as in log.csv.
+        epochs: Most epochs of the training.
+        seconds: How long it took.
+        is_best: Whether its score is the best so far.
+
+    >>> epoch_line({"epoch": 3, "loss": 0.5, "val_loss": 0.6, "val_score": 0.8, "val_click_auc": 0.8}, 50, 12, True)
+    'Epoch  3/50  12 s  loss 0.5000  val_loss 0.6000  val_score 0.8000 (best)  click_auc 0.8000'
+    """
+    line = f"Epoch {logs['epoch']:>{len(str(epochs))}.0f}/{epochs}  {seconds:.0f} s"
+    for name in ("loss", "val_loss", "val_score"):
+        line += f"  {name} {logs[name]:#.4g}"
+    if is_best:
+        line += " (best)"
+    metrics = {
+        name.removeprefix("val_"): value
+        for name, value in logs.items()
+        if name.startswith("val_") and not name.endswith(("_loss", "_mae")) and name != "val_score"
+    }
+    left = len(metrics)
+    for name, value in metrics.items():
+        entry = f"  {name} {value:#.4g}"
+        # Room for the note on those that are left out.
+        if len(line) + len(entry) + (len(_rest(left - 1)) if left > 1 else 0) > LINE_WIDTH:
+            break
+        line, left = line + entry, left - 1
+    return line + (_rest(left) if left else "")
+
+
+def _rest(number: int) -> str:
+    return f"  +{number} in log.csv"

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.groups import groups
 from mvke_tf.data.preparation import prepared_dataset
 from mvke_tf.data.store import PreparedDataset
-from mvke_tf.errors import ConfigError, DataError, RunError
+from mvke_tf.errors import ConfigError, DataError, RunError, missing_modules, require_extra
 from mvke_tf.losses import task_losses
 from mvke_tf.models import TwoTowerModel, build_model, check_model, unread_settings, with_uncertainty
-from mvke_tf.run import History, Run, resume_command
+from mvke_tf.run import Run
+from mvke_tf.run_folder import History, best_epoch, is_finished, resume_command
 from mvke_tf.schema import Schema, Task
 from mvke_tf.training.balancing import balanced
-from mvke_tf.training.callbacks import EpochWatch, RunKeeper, best_epoch, is_finished
-from mvke_tf.training.monitoring import Monitor, write_best
+from mvke_tf.training.callbacks import EpochLine, EpochWatch, RunKeeper
+from mvke_tf.training.monitoring import MlflowLogger, Monitor, write_best
 from mvke_tf.training.validation import Validation
 
 LOGGER = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ def train(
     run_name: str | None = None,
     runs_dir: Path = Path("runs"),
     data_dir: Path = Path("data"),
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    log: Sequence[str] = (),
 ) -> Result:
     """Prepares the data unless that has been done, makes a run directory and trains in it.
 
@@ -74,17 +77,21 @@ def train(
         run_name: Name of the run directory; the model and the time by default.
         runs_dir: Where runs are kept.
         data_dir: Where prepared data are kept, unless they are in a folder already.
+        callbacks: More callbacks of the training, called when everything of an epoch is on the disk.
+        log: Where its numbers go besides its folder: `"mlflow"`, or nowhere.
 
     Returns:
         What was made; everything else is in the run directory.
 
     Raises:
         ConfigError: If the settings do not fit the model or the tasks. No run directory is left behind.
+        MissingExtraError: If MLflow is wanted and not installed. No run directory is left behind.
         DataError: If the data cannot be used. No run directory is left behind.
         RunError: If the run exists.
         TrainingError: If the loss becomes NaN or infinite.
     """
     config = config or RunConfig()
+    _check_log(log)
     check_model(config.model.name, len(config.model.tasks) or None)
     folder = Path(runs_dir) / (run_name or f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists():
@@ -98,14 +105,16 @@ def train(
         prepared = copy.copy(prepared)
         prepared.folder = Path(data_dir) / "prepared" / f"{prepared.dataset.name}-{prepared.digest[:12]}"
         prepared.save(prepared.folder)
-    return _train(Run.create(folder, config, prepared), training)
+    return _train(Run.create(folder, config, prepared), training, callbacks, log)
 
 
-def train_run(run: Run) -> Result:
+def train_run(run: Run, callbacks: Sequence[keras.callbacks.Callback] = (), log: Sequence[str] = ()) -> Result:
     """Trains the model of a run, new or interrupted, from its last finished epoch on.
 
     Args:
         run: A run directory.
+        callbacks: As in `train`.
+        log: As in `train`; a run that is logged to MLflow stays so.
 
     Returns:
         What was made; everything else is in the run directory.
@@ -116,10 +125,20 @@ def train_run(run: Run) -> Result:
         TrainingError: If the loss becomes NaN or infinite.
         KeyboardInterrupt: After Ctrl-C, with the command that continues; nothing is left half-written.
     """
-    return _train(run, None)
+    _check_log(log)
+    return _train(run, None, callbacks, log)
 
 
-def _train(run: Run, training: _Training | None) -> Result:
+def _check_log(log: Sequence[str]) -> None:
+    if unknown := set(log) - {"mlflow"}:
+        raise ConfigError(f"Trainings can be logged to 'mlflow'. Received: {sorted(unknown)}")
+    if log:
+        require_extra("mlflow", "mlflow")
+
+
+def _train(
+    run: Run, training: _Training | None, callbacks: Sequence[keras.callbacks.Callback], log: Sequence[str]
+) -> Result:
     history = run.history()
     if history and not run.checkpoint.is_file():
         raise run.lost_checkpoint()
@@ -132,7 +151,7 @@ def _train(run: Run, training: _Training | None) -> Result:
     else:
         with run.lock():
             try:
-                history = (training or _Training.of(run.prepared, run.config)).fit(run)
+                history = (training or _Training.of(run.prepared, run.config)).fit(run, callbacks, log)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"Continue with: {resume_command(run)}") from None
     speeds = [epoch["examples_per_second"] for epoch in history[finished:]]
@@ -187,7 +206,7 @@ class _Training:
         plain, model = build_training_model(config, schema, batches.steps)
         return cls(prepared, config, schema, parts, batches, plain, model)
 
-    def fit(self, run: Run) -> History:
+    def fit(self, run: Run, callbacks: Sequence[keras.callbacks.Callback] = (), log: Sequence[str] = ()) -> History:
         """Trains from the last finished epoch of the run on, and writes what a finished training ends with.
 
         Returns:
@@ -211,6 +230,9 @@ class _Training:
         weights = loss_weights(self.config, self.schema)
         validation = Validation(self.plain, self.parts["validation"], self.schema.tasks, weights)
         images = config.monitor_images_epochs
+        if images and self.plain.gates is not None and missing_modules("matplotlib"):
+            LOGGER.info("Note: no heat maps of the gates; they need matplotlib: pip install 'mvke_tf[analysis]'")
+            images = 0
         monitor = Monitor(
             run.logs,
             self.plain,
@@ -219,7 +241,15 @@ class _Training:
             images,
             run.warnings_file,
         )
-        callbacks = [EpochWatch(run, config, len(data), validation), monitor, RunKeeper(run, self.plain, history)]
+        every = [
+            *(EpochWatch(run, config, len(data), validation), monitor, RunKeeper(run, self.plain, history)),
+            *(EpochLine(self.batches.steps, history), *callbacks),
+        ]
+        tracker = MlflowLogger(run) if log or run.mlflow_file.is_file() else None
+        if tracker is not None:
+            tracker.catch_up(history)
+            every.append(tracker)
+        status = "FAILED"
         try:
             # One call per epoch, whose data end with it: steps_per_execution would read on into the next one otherwise.
             while not is_finished(history, config):
@@ -228,11 +258,17 @@ class _Training:
                     epochs=config.epochs,
                     initial_epoch=len(history),
                     shuffle=False,
-                    verbose=1 if sys.stdout.isatty() else 2,
-                    callbacks=callbacks,
+                    verbose=0,
+                    callbacks=every,
                 )
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
         finally:
             monitor.close()
+            if tracker is not None:
+                tracker.close(status)
         if best_epoch(history) + 1 < len(history):
             # The weights are those of the last epoch.
             self.plain.load_weights(run.checkpoint)

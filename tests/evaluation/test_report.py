@@ -14,9 +14,9 @@ from mvke_tf.data.preparation import prepare
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError, DataError, RunError
 from mvke_tf.evaluation import evaluate_model, evaluate_run, measure, results_table
-from mvke_tf.evaluation.report import cell
 from mvke_tf.models import build_model
 from mvke_tf.run import Run
+from mvke_tf.run_folder import cell
 from tests.small import small_prepared
 
 METRICS = {"auc", "gauc", "accuracy", "log_loss", "calibration_error", "rows", "positives"}

@@ -16,8 +16,9 @@ from mvke_tf.inference.predictions import predict
 from mvke_tf.metrics import auc
 from mvke_tf.models import MODELS
 from mvke_tf.run import Run
+from mvke_tf.run_folder import best_epoch, is_finished
 from mvke_tf.training import loop, train, train_run
-from mvke_tf.training.callbacks import EpochWatch, best_epoch, is_finished
+from mvke_tf.training.callbacks import EpochWatch, epoch_line
 from mvke_tf.training.loop import build_training_model, training_notes
 from tests.conftest import REPOSITORY
 from tests.training.helpers import MODEL, TRAINING, assert_same_history, assert_same_state, state
@@ -115,7 +116,7 @@ import pathlib, sys, time
 import numpy as np
 from mvke_tf.run import Run
 from mvke_tf.training import train_run
-from mvke_tf.training.callbacks import EpochWatch
+from mvke_tf.training.callbacks import EpochWatch, epoch_line
 
 where, folder, reached = sys.argv[1:]
 
@@ -385,3 +386,28 @@ def test_the_learning_rate_falls_after_every_epoch(tiny_prepared):
         model.optimizer.iterations.assign(step)
         rates.append(float(model.optimizer.learning_rate))
     assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005])
+
+
+def test_the_line_of_an_epoch_fits_whatever_the_tasks_are():
+    logs = {"epoch": 12, "loss": 1.23456, "val_loss": 123456.7, "val_score": -0.5, "examples_per_second": 9.0}
+    for number, length in ((1, 5), (3, 5), (3, 80), (40, 12), (2, 200)):
+        tasks = {f"val_{'t' * length}{index}_auc": 0.87654 for index in range(number)}
+        line = epoch_line({**logs, **tasks}, 1_000_000, 98_765, False)
+        assert len(line) <= 100
+        shown = line.count("0.8765")
+        assert line.endswith(f"+{number - shown} in log.csv" if shown < number else "0.8765")
+    assert epoch_line({**logs, "val_click_auc": 0.9, "val_click_loss": 0.3, "val_price_rmse": 2.0}, 20, 4.4, False) == (
+        "Epoch 12/20  4 s  loss 1.235  val_loss 1.235e+05  val_score -0.5000  click_auc 0.9000  +1 in log.csv"
+    )
+
+
+def test_training_says_one_line_per_epoch(new_run, caplog):
+    caplog.set_level(logging.INFO)
+    seen = []
+    history = train_run(
+        new_run("lines", epochs=2),
+        [keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(epoch))],
+    ).history
+    lines = [message for message in caplog.messages if message.startswith("Epoch ")]
+    assert [line.split("  ")[0] for line in lines] == ["Epoch 1/2", "Epoch 2/2"] and seen == [0, 1]
+    assert f"val_score {history[0]['val_score']:#.4g} (best)" in lines[0]

@@ -23,6 +23,8 @@ from mvke_tf.training.monitoring.events import EventFolder
 
 # The projector draws in a browser.
 MOST_ITEMS = 10_000
+# Hyperparameters of every run.
+ALWAYS = (("model", "name"), ("training", "learning_rate"), ("training", "batch_size"), ("training", "seed"))
 
 
 def write_best(
@@ -39,7 +41,7 @@ def write_best(
     Args:
         folder: Where to; what is there is replaced. The run's one session for HParams.
         name: Name of the run, its "Trial ID" there.
-        config: The settings of the run: its hyperparameters.
+        config: The settings of the run, of which some are its hyperparameters.
         metrics: Of the best epoch, by name.
         epoch: The best epoch, from 0: the step of the metrics.
         model: The best model.
@@ -114,10 +116,12 @@ def _cell(text: str) -> str:
 
 
 def hyperparameters(config: RunConfig) -> dict[str, bool | float | str]:
-    """Settings as HParams knows them, `{"section.setting": value}`; a tuple becomes a text."""
+    """The settings to compare runs by, `{"section.setting": value}`; a tuple becomes a text.
+
+    Those of `ALWAYS`, and those that differ from the defaults: where a run has no value, it has the default.
+    """
+    values = {name: getattr(getattr(config, section), name) for section, name in ALWAYS}
+    shown = {f"{section}.{name}": values[name] for section, name in ALWAYS} | config.changed()
     return {
-        f"{section}.{name}": ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        for section, settings in config.to_dict().items()
-        if isinstance(settings, dict)
-        for name, value in settings.items()
+        name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value for name, value in shown.items()
     }

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from mvke_tf.data.groups import Grouping
-from mvke_tf.figures import heat_map_png
 from mvke_tf.inference.gates import DEAD_STRONGEST, GateUse, Thresholds
 
 # Most entities of a side on which a gate is looked at, spread evenly over those of the data. A user state costs more:
@@ -55,6 +54,8 @@ def heat_map(use: GateUse, group: Grouping, weights: np.ndarray, impressions: np
         impressions: `(G,)`.
         epoch: From 0.
     """
+    from mvke_tf.figures import heat_map_png
+
     order = [row for row in np.argsort(-impressions, kind="stable") if impressions[row]][:MOST_GROUPS]
     top = min(1.0, 2 / len(use.experts))
     return heat_map_png(
