@@ -24,6 +24,7 @@ OPTIMIZERS = ("adam", "adamw")
 # How the losses of the tasks are weighed; the last three balance losses or gradients in every step.
 LOSS_WEIGHTINGS = ("fixed", "uncertainty", "famo", "pcgrad", "gradnorm")
 BALANCED = LOSS_WEIGHTINGS[2:]
+EMBEDDING_OPTIMIZERS = ("same", "lazy_adam", "rowwise_adagrad")
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 MODEL_NAMES = ("mvke", "mmoe", "cgc", "ple", "shared_bottom", "hard_sharing", "single_task")
 # Rows of a comparison without a neural network.
@@ -33,6 +34,7 @@ CHOICES = {
     ("model", "name"): MODEL_NAMES,
     ("model", "objective"): OBJECTIVES,
     ("training", "optimizer"): OPTIMIZERS,
+    ("training", "embedding_optimizer"): EMBEDDING_OPTIMIZERS,
     ("training", "loss_weighting"): LOSS_WEIGHTINGS,
     ("training", "precision"): PRECISIONS,
 }
@@ -285,6 +287,12 @@ class TrainingConfig:
         batch_size: Rows of the log per step.
         learning_rate: Learning rate of the optimizer.
         optimizer: `"adam"` or `"adamw"`.
+        embedding_optimizer: How embedding tables are updated: every row in every step (`"same"`, by the optimizer), or
+            only the rows that a batch touches, by `"lazy_adam"` or `"rowwise_adagrad"`, which costs the same however
+            large the tables are; the latter keeps one number per row, not two per weight. They allow neither
+            accumulated gradients nor mixed_float16.
+        embedding_learning_rate: Learning rate of embedding tables under the last two, which falls with the other one; 0
+            is that of the optimizer.
         weight_decay: Decoupled weight decay of AdamW, per step and learning rate.
         learning_rate_decay: Factor by which the learning rate falls after every step of epochs; 1 keeps it.
         learning_rate_decay_epochs: Epochs after which the learning rate falls once.
@@ -313,6 +321,8 @@ class TrainingConfig:
     batch_size: int = 256
     learning_rate: float = 1e-3
     optimizer: str = "adam"
+    embedding_optimizer: str = "same"
+    embedding_learning_rate: float = 0.0
     weight_decay: float = 0.01
     learning_rate_decay: float = 0.7
     learning_rate_decay_epochs: int = 1
@@ -337,6 +347,13 @@ class TrainingConfig:
         _check(self, "learning_rate", self.learning_rate > 0, "positive")
         _check(self, "learning_rate_decay", 0 < self.learning_rate_decay <= 1, "in (0, 1]")
         _check(self, "optimizer", self.optimizer in OPTIMIZERS, f"one of {OPTIMIZERS}")
+        _check(
+            self,
+            "embedding_optimizer",
+            self.embedding_optimizer in EMBEDDING_OPTIMIZERS,
+            f"one of {EMBEDDING_OPTIMIZERS}",
+        )
+        _check(self, "embedding_learning_rate", self.embedding_learning_rate >= 0, "0 (learning_rate) or more")
         _check(self, "weight_decay", self.weight_decay >= 0, "0 or more")
         _check_count(self, "learning_rate_decay_epochs", 1, MOST_EPOCHS)
         _check(self, "global_clipnorm", self.global_clipnorm >= 0, "0 or more")
@@ -368,6 +385,16 @@ class TrainingConfig:
             "1 with loss_weighting='famo', which compares the losses before and after every step",
         )
         _check(self, "precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
+        if self.embedding_optimizer != "same":
+            rows = f"where embedding_optimizer={self.embedding_optimizer!r} updates single rows"
+            _check(
+                self,
+                "gradient_accumulation_steps",
+                self.gradient_accumulation_steps == 1,
+                f"1 {rows}; a larger batch_size takes its place",
+            )
+            _check(self, "precision", self.precision != "mixed_float16", f"float32 or mixed_bfloat16 {rows}")
+            _check(self, "loss_weighting", self.loss_weighting not in BALANCED, f"fixed or uncertainty {rows}")
         _check(
             self,
             "xla",

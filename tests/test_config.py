@@ -81,6 +81,8 @@ def test_is_frozen():
         (TrainingConfig, "task_weights", (1.0, float("inf")), r"finite numbers.* Received: \(1.0, inf\)"),
         (TrainingConfig, "optimizer", "sgd", r"one of \('adam', 'adamw'\). Received: 'sgd'"),
         (TrainingConfig, "gradient_accumulation_steps", 0, "at least 1. Received: 0"),
+        (TrainingConfig, "embedding_optimizer", "sgd", r"one of \('same', 'lazy_adam', 'rowwise_adagrad'\)"),
+        (TrainingConfig, "embedding_learning_rate", -0.1, r"0 \(learning_rate\) or more. Received: -0.1"),
         (TrainingConfig, "xla", True, "off where `deterministic` is on.*--no-deterministic. Received: True"),
         (TrainingConfig, "patience", -1, "0 or more. Received: -1"),
         (TrainingConfig, "seed", 2**31, r"in \[0, 2\*\*31\). Received: 2147483648"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
 import keras_rs
 from keras import ops
+
+# Rows from which on a table is never read or differentiated as a whole, where the backend can help it.
+LARGE_TABLE = 8192
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")
@@ -106,23 +110,51 @@ class FieldEmbedding(keras_rs.layers.EmbedReduce):
     TensorShape([2, 4])
     """
 
+    # Whether a gradient of a large table need not be dense; the optimizer has to understand it.
+    row_gradients = False
+    # What is read in place of the variable.
+    _read: Any = None
+
     @property
     def embeddings(self):
-        # The product makes the gradient dense. Keras' optimizers update every row of their moments in any case, and
-        # deduplicating a sparse gradient first took an eighth of a training step.
-        return super().embeddings * 1.0
+        return super().embeddings if self._read is None else self._read
 
-    def call(self, inputs, weights=None):
+    @contextmanager
+    def reading(self, rows: Any) -> Iterator[None]:
+        """Reads `rows` `(n, D)` in place of the table, by indices into them: what a training step has gathered."""
+        # Not by assignment, which would make a variable of TensorFlow a part of the layer once more.
+        self.__dict__["_read"] = rows
+        try:
+            yield
+        finally:
+            self.__dict__["_read"] = None
+
+    def call(self, inputs, weights=None, training=None):
+        if self._read is None:
+            table = self.embeddings
+            if self.input_dim > LARGE_TABLE and (self.row_gradients or not training):
+                # TensorFlow gathers from the variable itself, without a copy of it, and the gradient names the rows.
+                table = getattr(table, "value", table)
+            else:
+                # The product makes the gradient dense. Keras' optimizers update every row of their moments in any case,
+                # and deduplicating a sparse gradient first took an eighth of a training step.
+                table = table * 1.0
+            with self.reading(table):
+                return self.call(inputs, weights)
         if weights is not None:
             weights = ops.cast(weights, self.compute_dtype)
+        count = self.embeddings.shape[0]
         # A gather of (B, L, D) rows costs more, most of all to differentiate, than a product with a smaller bag (B, V).
-        if weights is None or self.combiner != "mean" or self.input_dim >= inputs.shape[-1] * self.output_dim:
+        if weights is None or self.combiner != "mean" or count >= inputs.shape[-1] * self.output_dim:
             return super().call(inputs, weights)
         rows = ops.broadcast_to(ops.expand_dims(ops.arange(ops.shape(inputs)[0]), 1), ops.shape(inputs))
         indices = ops.reshape(ops.stack([rows, ops.cast(inputs, rows.dtype)], axis=-1), (-1, 2))
-        bag = ops.scatter(indices, ops.reshape(weights, (-1,)), (ops.shape(inputs)[0], self.input_dim))
+        bag = ops.scatter(indices, ops.reshape(weights, (-1,)), (ops.shape(inputs)[0], count))
         total = ops.matmul(bag, ops.cast(self.embeddings, self.compute_dtype))
         return ops.divide_no_nan(total, ops.sum(weights, axis=-1, keepdims=True))
+
+    def compute_output_spec(self, inputs, weights=None, training=None):
+        return super().compute_output_spec(inputs, weights)
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")

@@ -162,7 +162,7 @@ class _GatheredEmbedding(FieldEmbedding):
     get another embedding.
     """
 
-    def call(self, inputs, weights=None):
+    def call(self, inputs, weights=None, training=None):
         return keras_rs.layers.EmbedReduce.call(self, inputs, weights)
 
 

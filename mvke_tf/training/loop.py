@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,9 @@ from mvke_tf.run_folder import History, best_epoch, is_finished, resume_command
 from mvke_tf.schema import Schema, Task
 from mvke_tf.training.balancing import balanced
 from mvke_tf.training.callbacks import EpochLine, EpochWatch, RunKeeper
+from mvke_tf.training.memory import check_memory, describe_memory, table_memory
 from mvke_tf.training.monitoring import MlflowLogger, Monitor, write_best
+from mvke_tf.training.tables import RowSparseAdam, row_sparse
 from mvke_tf.training.validation import Validation
 
 LOGGER = logging.getLogger(__name__)
@@ -200,11 +203,20 @@ class _Training:
         check_model(config.model.name, len(names))
         config.check_tasks(names)
         schema = prepared.schema(names, config.model.objective)
+        check_memory(table_memory(schema, config))
         parts = {part: prepared.part(part, names, config.model.objective) for part in ("train", "validation")}
         _check_parts(prepared.dataset.name, parts, schema.tasks)
         batches = Batches(parts["train"], config.training.batch_size, config.training.deduplicate, DISTINCT_MULTIPLE)
         plain, model = build_training_model(config, schema, batches.steps)
         return cls(prepared, config, schema, parts, batches, plain, model)
+
+    def _megabytes(self) -> tuple[float, float]:
+        """Size of the weights alone, and with the state of the optimizer."""
+        weights, state = (
+            sum(math.prod(variable.shape) for variable in variables) * 4e-6
+            for variables in (self.plain.variables, self.model.optimizer.variables)
+        )
+        return weights, weights + state
 
     def fit(self, run: Run, callbacks: Sequence[keras.callbacks.Callback] = (), log: Sequence[str] = ()) -> History:
         """Trains from the last finished epoch of the run on, and writes what a finished training ends with.
@@ -216,10 +228,12 @@ class _Training:
         history = run.restore_state(model)
         if history:
             LOGGER.info("Continuing %s after epoch %d.", run.folder, len(history))
+        LOGGER.info("%s", describe_memory(table_memory(self.schema, self.config)))
         LOGGER.info(
-            "%s: %s parameters, %s training rows in %s batches, %s validation rows",
-            *(self.plain.name, f"{self.plain.count_params():,}", f"{len(data):,}", f"{self.batches.steps:,}"),
-            f"{len(self.parts['validation']):,}",
+            "%s: %s parameters (%.1f MB, with the optimizer %.1f MB), %s training rows in %s batches, %s validation "
+            "rows",
+            *(self.plain.name, f"{self.plain.count_params():,}", *self._megabytes()),
+            *(f"{len(data):,}", f"{self.batches.steps:,}", f"{len(self.parts['validation']):,}"),
         )
         if config.gradient_accumulation_steps > self.batches.steps:
             LOGGER.info(
@@ -327,11 +341,13 @@ def build_training_model(config: RunConfig, schema: Schema, steps_per_epoch: int
         plain = build_model(config.model.name, schema, config.model)
         if config.training.loss_weighting == "uncertainty":
             plain = with_uncertainty(plain)
-        model = plain.training_model(config.training.deduplicate)
+        model, tables = plain.training_model(config.training.deduplicate), list[str]()
         if config.training.loss_weighting in BALANCED:
             _check_balanced(config.training.loss_weighting, plain.kinds)
             model = balanced(model, config.training.loss_weighting, config.training.seed)
-        compile_model(model, plain.kinds, config.training, steps_per_epoch, loss_weights(config, schema))
+        elif config.training.embedding_optimizer != "same":
+            model, tables = row_sparse(model, schema)
+        compile_model(model, plain.kinds, config.training, steps_per_epoch, loss_weights(config, schema), tables)
     return plain, model
 
 
@@ -370,6 +386,7 @@ def compile_model(
     config: TrainingConfig,
     steps_per_epoch: int,
     weights: dict[str, float] | None = None,
+    tables: Sequence[str] = (),
 ) -> None:
     """Compiles a model of `{task: output}`: optimizer, and a loss per kind of task.
 
@@ -382,17 +399,19 @@ def compile_model(
         config: Settings; `task_weights` is not read.
         steps_per_epoch: Batches per epoch.
         weights: Weight of the loss of each task; 1 each by default.
+        tables: Paths of the variables that `embedding_optimizer` updates, of a model of `row_sparse`.
 
     Raises:
         ConfigError: If XLA is wanted and cannot be had in this process.
     """
     model.compile(
-        optimizer=build_optimizer(config, steps_per_epoch),
+        optimizer=build_optimizer(config, steps_per_epoch, tables),
         loss=task_losses(kinds),
         loss_weights=weights,
         steps_per_execution=config.steps_per_execution,
         jit_compile=True if config.xla else "auto" if keras.backend.backend() == "jax" else False,
     )
+    model.optimizer.build(model.trainable_variables)
     if config.xla and not model.jit_compile:
         raise ConfigError(
             "XLA cannot compile this training: an earlier one of this process has switched determinism on, which "
@@ -400,24 +419,36 @@ def compile_model(
         )
 
 
-def build_optimizer(config: TrainingConfig, steps_per_epoch: int) -> keras.optimizers.Optimizer:
-    """The optimizer of these settings; its learning rate falls in steps of whole epochs of so many batches."""
+def build_optimizer(
+    config: TrainingConfig, steps_per_epoch: int, tables: Sequence[str] = ()
+) -> keras.optimizers.Optimizer:
+    """The optimizer of these settings; its learning rate falls in steps of whole epochs of so many batches.
+
+    Args:
+        config: Settings.
+        steps_per_epoch: Batches per epoch.
+        tables: Paths of the variables that `embedding_optimizer` updates row by row.
+    """
     batches = steps_per_epoch * config.learning_rate_decay_epochs
     settings: dict[str, Any] = {
         "learning_rate": keras.optimizers.schedules.ExponentialDecay(
             config.learning_rate, batches, config.learning_rate_decay, staircase=True
         ),
         "global_clipnorm": config.global_clipnorm or None,
-        "gradient_accumulation_steps": (
-            config.gradient_accumulation_steps if config.gradient_accumulation_steps > 1 else None
-        ),
     }
     if config.optimizer == "adamw":
-        optimizer = keras.optimizers.AdamW(weight_decay=config.weight_decay, **settings)
+        settings["weight_decay"] = config.weight_decay
+    if tables:
+        rate = (config.embedding_learning_rate or config.learning_rate) / config.learning_rate
+        optimizer = RowSparseAdam(tables, config.embedding_optimizer, rate, **settings)
+    else:
+        if config.gradient_accumulation_steps > 1:
+            settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+        optimizer = (keras.optimizers.AdamW if config.optimizer == "adamw" else keras.optimizers.Adam)(**settings)
+    if config.optimizer == "adamw":
         # Decay would pull the learned weights of the tasks towards 1.
         optimizer.exclude_from_weight_decay(var_names=["log_variances"])
-        return optimizer
-    return keras.optimizers.Adam(**settings)
+    return optimizer
 
 
 def _write_best(run: Run, history: History, model: TwoTowerModel) -> None:
