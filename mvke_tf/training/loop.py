@@ -193,8 +193,11 @@ class _Training:
             The whole history.
         """
         config, model, data = self.config.training, self.model, self.parts["train"]
-        history = run.restore_state(model)
-        if history:
+        history, progress = run.restore_state(model), run.progress()
+        start = progress.step if progress else 0
+        if start:
+            LOGGER.info("Continuing %s after batch %s of epoch %d.", run.folder, f"{start:,}", len(history) + 1)
+        elif history:
             LOGGER.info("Continuing %s after epoch %d.", run.folder, len(history))
         LOGGER.info(
             "%s: %s parameters, %s training rows in %s batches, %s validation rows",
@@ -217,13 +220,15 @@ class _Training:
             groups(self.prepared) if images and self.plain.gates is not None else (),
             images,
             run.warnings_file,
+            known=progress.known if progress else None,
         )
-        callbacks = [EpochWatch(run, config, len(data), validation), monitor, RunKeeper(run, self.plain, history)]
+        keeper = RunKeeper(run, self.plain, history, self.batches.steps, monitor, progress)
+        callbacks = [EpochWatch(run, config, len(data), validation, start), monitor, keeper]
         try:
             # One call per epoch, whose data end with it: steps_per_execution would read on into the next one otherwise.
             while not is_finished(history, config):
                 model.fit(
-                    self.batches.epoch(config.seed, len(history)),
+                    self.batches.epoch(config.seed, len(history), keeper.start),
                     epochs=config.epochs,
                     initial_epoch=len(history),
                     shuffle=False,
