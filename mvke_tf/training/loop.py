@@ -196,6 +196,9 @@ class _Training:
         history, progress = run.restore_state(model), run.progress()
         start = progress.step if progress else 0
         if start:
+            # The metrics of `fit` come into being with their first batch, and are to go on from their sums.
+            inputs, labels, *weights = next(self.batches.arrays(config.seed, len(history), start))
+            model.compute_loss(inputs, labels, model(inputs), *weights)
             LOGGER.info("Continuing %s after batch %s of epoch %d.", run.folder, f"{start:,}", len(history) + 1)
         elif history:
             LOGGER.info("Continuing %s after epoch %d.", run.folder, len(history))
