@@ -313,6 +313,8 @@ class TrainingConfig:
         deterministic: Whether the same seed gives the same weights to the last bit; costs speed on a GPU.
         deduplicate: Whether the towers run once per distinct user state and item of a batch. The rows of one user state
             then stay in one batch, or in two that follow one another.
+        checkpoint_steps: Batches after which the state is kept within an epoch too, so that no more than these are
+            lost; 0 keeps it after each epoch only.
         monitor_images_epochs: Epochs from one heat map of the gates in TensorBoard to the next; 0 draws none.
         seed: Seed of the weights, of dropout and of the order of the rows.
     """
@@ -336,6 +338,7 @@ class TrainingConfig:
     patience: int = 3
     deterministic: bool = True
     deduplicate: bool = True
+    checkpoint_steps: int = 0
     monitor_images_epochs: int = 5
     seed: int = 0
 
@@ -403,6 +406,7 @@ class TrainingConfig:
         )
         _check_count(self, "steps_per_execution", 1, MOST_WIDTH)
         _check_count(self, "patience", 0, MOST_EPOCHS)
+        _check_count(self, "checkpoint_steps", 0, MOST_EPOCHS)
         _check_count(self, "monitor_images_epochs", 0, MOST_EPOCHS)
         _check(self, "seed", 0 <= self.seed < 2**31, "in [0, 2**31)")
 

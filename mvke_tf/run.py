@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import logging
@@ -28,6 +29,21 @@ from mvke_tf.models import TwoTowerModel, load_model
 from mvke_tf.run_folder import History, RunFolder, quoted, resume_command
 
 LOGGER = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far an epoch has come.
+
+    Args:
+        step: Batches that it has done.
+        sums: The variables of its metrics.
+        known: What was wrong with gates after the epoch before: `(task, dead expert, or None for a collapsed gate)`.
+    """
+
+    step: int
+    sums: list[np.ndarray]
+    known: list[tuple[str, int | None]]
 
 
 class Run(RunFolder):
@@ -198,20 +214,31 @@ class Run(RunFolder):
         with atomic_write(self.checkpoint) as temporary:
             model.save(temporary)
 
-    def save_state(self, model: keras.Model, history: History) -> None:
-        """Keeps everything that resuming needs in one file: variables, optimizer, seeds and history."""
-        columns = list(dict.fromkeys(name for epoch in history for name in epoch))
-        with atomic_write(self.log_file) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(history)
+    def save_state(self, model: keras.Model, history: History, progress: Progress | None = None) -> None:
+        """Keeps everything that resuming needs in one file: variables, optimizer, seeds and history.
+
+        Args:
+            model: The compiled model.
+            history: One dictionary per finished epoch.
+            progress: How far the next epoch has come, if it has begun.
+        """
+        within: dict[str, Any] = {}
+        if progress is not None:
+            within = {f"sum_{index:04d}": values for index, values in enumerate(progress.sums)}
+            within["progress"] = json.dumps([progress.step, progress.known])
+        else:
+            columns = list(dict.fromkeys(name for epoch in history for name in epoch))
+            with atomic_write(self.log_file) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(history)
         variables = _state_variables(model)
         arrays = {
             f"variable_{index:04d}": keras.ops.convert_to_numpy(variable) for index, variable in enumerate(variables)
         }
         # Last, because it is what makes the epoch count as finished.
         with atomic_write(self.state_file) as temporary, open(temporary, "wb") as file:
-            np.savez(file, history=json.dumps(history), names=json.dumps(_stable_names(variables)), **arrays)
+            np.savez(file, history=json.dumps(history), names=json.dumps(_stable_names(variables)), **arrays, **within)
 
     def history(self) -> History:
         """One dictionary per epoch that has finished; empty if none has.
@@ -220,6 +247,14 @@ class Run(RunFolder):
             RunError: If the state is damaged.
         """
         return self._read_state()[0] if self.state_file.is_file() else []
+
+    def progress(self) -> Progress | None:
+        """How far the epoch after the finished ones has come; None if it has not begun, or no state of it is kept.
+
+        Raises:
+            RunError: If the state is damaged.
+        """
+        return self._read_state()[3] if self.state_file.is_file() else None
 
     def restore_state(self, model: keras.Model) -> History:
         """Puts the kept state into a compiled model of the same settings.
@@ -232,7 +267,7 @@ class Run(RunFolder):
         """
         if not self.state_file.is_file():
             return []
-        history, names, arrays = self._read_state()
+        history, names, arrays, _ = self._read_state()
         variables = _state_variables(model)
         kept = [(name, array.shape) for name, array in zip(names, arrays, strict=True)]
         shapes = (tuple(variable.shape) for variable in variables)
@@ -247,14 +282,19 @@ class Run(RunFolder):
             variable.assign(value)
         return history
 
-    def _read_state(self) -> tuple[History, list[str], list[np.ndarray]]:
+    def _read_state(self) -> tuple[History, list[str], list[np.ndarray], Progress | None]:
+        progress = None
         try:
             arrays = read_arrays(self.state_file)
             history = json.loads(str(arrays.pop("history")))
             names = json.loads(str(arrays.pop("names")))
-        except (*CORRUPT_FILE_ERRORS, KeyError, RecursionError) as error:
+            if "progress" in arrays:
+                step, known = json.loads(str(arrays.pop("progress")))
+                sums = [arrays.pop(name) for name in sorted(arrays) if name.startswith("sum_")]
+                progress = Progress(int(step), sums, [(task, expert) for task, expert in known])
+        except (*CORRUPT_FILE_ERRORS, KeyError, TypeError, RecursionError) as error:
             raise self._damaged_state(str(error)) from error
-        if not isinstance(history, list) or not history:
+        if not isinstance(history, list) or not (history or progress):
             raise self._damaged_state("its history is no list of epochs")
         for number, epoch in enumerate(history, start=1):
             if not (
@@ -266,7 +306,7 @@ class Run(RunFolder):
                 raise self._damaged_state(f"its history of epoch {number} is not what a training writes")
         if not isinstance(names, list) or len(names) != len(arrays):
             raise self._damaged_state("it does not name its variables")
-        return history, names, list(arrays.values())
+        return history, names, list(arrays.values()), progress
 
     def _damaged_state(self, reason: str) -> RunError:
         kept = f" {self.checkpoint} can still be used." if self.checkpoint.is_file() else ""

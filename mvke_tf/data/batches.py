@@ -1,18 +1,23 @@
-"""Batches of interactions as `tf.data`: three encoded tables, gathered by row."""
+"""Batches of interactions: encoded tables, gathered by row in a seeded order, shard by shard where there are several.
+
+Batches are made with NumPy alone; under TensorFlow `tf.data` wraps them, other backends read them as they are.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
-import tensorflow as tf
 
 from mvke_tf.schema import ITEM_ROWS, USER_ROWS, Task
 
 Table = Mapping[str, np.ndarray]
-PARALLEL_CALLS = 2
+PREFETCHED = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,34 +97,45 @@ class Interactions:
         return -(-len(self) // batch_size)
 
 
-def without_autotuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """The same pipeline, which ends when its data do.
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """Interactions that are read piece by piece: each shard has pairs and users of its own.
 
-    The autotuner sleeps between two looks at a pipeline, twice as long each time, up to 41 s. Whoever drops an
-    iterator, as `fit` does after every epoch, waits until it wakes up.
+    Args:
+        sizes: Number of pairs of each shard.
+        read: Reads a shard by its number.
+        per_window: Shards that are in memory, and shuffled, together.
     """
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return dataset.with_options(options)
+
+    sizes: Sequence[int]
+    read: Callable[[int], Interactions]
+    per_window: int
+
+    def __len__(self) -> int:
+        return int(sum(self.sizes))
 
 
 class Batches:
-    """Makes the `tf.data` pipelines of one `Interactions`.
+    """Makes the batches of one `Interactions`, or of shards of them.
 
-    A batch is `({feature: tensor}, {task: (B, 1) float32})`, made by gathering whole rows; no step runs Python. Where
-    the data have weights, a third part holds those of all tasks, `{task: (B, 1) float32}`.
+    A batch is `({feature: array}, {task: (B, 1) float32})`, made by gathering whole rows. Where the data have weights,
+    a third part holds those of all tasks, `{task: (B, 1) float32}`.
+
+    The order of an epoch is a function of the seed and its number: shards are permuted and grouped into windows, and
+    the pairs of a window are permuted. So any step is found by arithmetic.
 
     Args:
         data: Entities and pairs.
         batch_size: Pairs per batch; the last batch of an epoch may be smaller.
-        deduplicate: Whether a batch holds each of its user states and items once, with the inputs `user_rows` and
-            `item_rows` `(B,)` that lead from pairs to entities (see `TwoTowerModel.training_model`).
+        deduplicate: Whether a batch holds each of its user states and items once (once per shard, where it spans two
+            windows), with the inputs `user_rows` and `item_rows` `(B,)` that lead from pairs to entities (see
+            `TwoTowerModel.training_model`).
         pad: With `deduplicate`, the multiple to which the number of user states and of items is filled up by rows that
             no pair refers to; 0 fills nothing. JAX and XLA compile anew for every shape, and TensorFlow on CPU
             builds a oneDNN primitive for every new one (at batch 4096, `pad=64` was measured 8 % faster).
     """
 
-    def __init__(self, data: Interactions, batch_size: int, deduplicate: bool = False, pad: int = 0) -> None:
+    def __init__(self, data: Interactions | Shards, batch_size: int, deduplicate: bool = False, pad: int = 0) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1. Received: {batch_size}")
         if pad < 0:
@@ -127,70 +143,277 @@ class Batches:
         if not len(data):
             raise ValueError("Expected at least one pair to make batches of. Received: no pair")
         self.data, self.batch_size, self.deduplicate, self.pad = data, batch_size, deduplicate, pad
-        self.steps = data.steps(batch_size)
-        # The pipeline runs on the CPU, whatever device computes the model.
-        with tf.device("CPU"):
-            self._users = {name: tf.constant(column) for name, column in data.users.items()}
-            self._items = {name: tf.constant(column) for name, column in data.items.items()}
-            self._user_rows = tf.constant(data.user_rows, tf.int32)
-            self._item_rows = tf.constant(data.item_rows, tf.int32)
-            self._labels = {task: tf.constant(label[:, None], tf.float32) for task, label in data.labels.items()}
-            everywhere = np.ones(len(data), np.float32)
-            self._weights = {
-                task: tf.constant(data.weights.get(task, everywhere)[:, None], tf.float32)
-                for task in (data.labels if data.weights else ())
-            }
-            if deduplicate:
-                # Pairs of one user state, as (first position, count) in the order of user rows.
-                self._by_user = tf.constant(np.argsort(data.user_rows, kind="stable"), tf.int32)
-                _, start, count = np.unique(np.sort(data.user_rows), return_index=True, return_counts=True)
-                self._start, self._count = tf.constant(start, tf.int32), tf.constant(count, tf.int32)
+        self.steps = -(-len(data) // batch_size)
+        self._shards = Shards([len(data)], lambda number: data, 1) if isinstance(data, Interactions) else data
+        self._whole = _Window.of([data], deduplicate) if isinstance(data, Interactions) else None
 
-    def in_order(self) -> tf.data.Dataset:
-        """One epoch in the order of the pairs, of known cardinality."""
-        return self._epoch(tf.range(len(self.data), dtype=tf.int32))
+    def in_order(self) -> Any:
+        """One epoch in the order of the pairs, of known length."""
+        return self._dataset(lambda start: self._batches(None, start))
 
-    def shuffled(self, seed: int) -> tf.data.Dataset:
-        """One epoch in a new seeded order each time it is iterated, of known cardinality: for `model.fit` by hand."""
-        seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
-        epoch = seeds.flat_map(lambda value: self._epoch(self._order(tf.stack([tf.cast(seed, tf.int64), value]))))
-        return without_autotuning(epoch.apply(tf.data.experimental.assert_cardinality(self.steps)))
+    def shuffled(self, seed: int) -> Any:
+        """One epoch in a new seeded order each time it is iterated, of known length: for `model.fit` by hand."""
+        number = itertools.count()
+        return self._dataset(lambda start: self._batches((seed, next(number)), start))
 
-    def epoch(self, seed: int, number: int) -> tf.data.Dataset:
-        """One epoch whose order depends on the seed and its number alone: what resuming needs."""
-        return self._epoch(self._order(tf.constant([seed, number], tf.int64)))
+    def epoch(self, seed: int, number: int, start: int = 0) -> Any:
+        """One epoch whose order depends on the seed and its number alone, from a step on: what resuming needs.
 
-    def _order(self, seed: tf.Tensor) -> tf.Tensor:
-        """A permutation of the pairs; with `deduplicate`, of the user states, whose pairs stay together."""
-        shuffle = tf.random.experimental.stateless_shuffle
-        if not self.deduplicate:
-            return shuffle(tf.range(len(self.data), dtype=tf.int32), seed=seed)
-        states = shuffle(tf.range(len(self._start), dtype=tf.int32), seed=seed)
-        start, count = tf.gather(self._start, states), tf.gather(self._count, states)
-        offset = tf.range(len(self.data), dtype=tf.int32) - tf.repeat(tf.cumsum(count, exclusive=True), count)
-        return tf.gather(self._by_user, tf.repeat(start, count) + offset)
+        Returns:
+            A `tf.data.Dataset` under TensorFlow, else a `keras.utils.PyDataset`.
+        """
+        return self._dataset(lambda step: self._batches((seed, number), start + step), self.steps - start)
 
-    def _epoch(self, order: tf.Tensor) -> tf.data.Dataset:
-        def batch(step: tf.Tensor) -> tuple[dict[str, Any], ...]:
-            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-            user_rows, item_rows = tf.gather(self._user_rows, rows), tf.gather(self._item_rows, rows)
-            inputs = {}
-            if self.deduplicate:
-                user_rows, inputs[USER_ROWS] = tf.unique(user_rows)
-                item_rows, inputs[ITEM_ROWS] = tf.unique(item_rows)
-                if self.pad:
-                    user_rows, item_rows = _pad_rows(user_rows, self.pad), _pad_rows(item_rows, self.pad)
-            inputs |= {name: tf.gather(column, user_rows) for name, column in self._users.items()}
-            inputs |= {name: tf.gather(column, item_rows) for name, column in self._items.items()}
-            by_task = (self._labels, self._weights) if self._weights else (self._labels,)
-            return inputs, *({task: tf.gather(column, rows) for task, column in columns.items()} for columns in by_task)
+    def arrays(self, seed: int, number: int, start: int = 0) -> Iterator[tuple[dict[str, Any], ...]]:
+        """The same as NumPy arrays."""
+        return self._batches((seed, number), start)
 
-        batches = tf.data.Dataset.range(self.steps, output_type=tf.int32).map(
-            batch, num_parallel_calls=PARALLEL_CALLS, deterministic=True
+    def _dataset(self, batches: Callable[[int], Iterator[Any]], steps: int | None = None) -> Any:
+        steps = self.steps if steps is None else steps
+        if keras.backend.backend() != "tensorflow":
+            return _Epoch(batches, steps)
+        import tensorflow as tf
+
+        signature = keras.tree.map_structure(
+            lambda array: tf.TensorSpec((None, *array.shape[1:]), array.dtype), self._example
         )
-        return without_autotuning(batches.prefetch(PARALLEL_CALLS))
+        with tf.device("CPU"):
+            dataset = tf.data.Dataset.from_generator(lambda: batches(0), output_signature=signature)
+            dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(PREFETCHED)
+        return without_autotuning(dataset)
+
+    @functools.cached_property
+    def _example(self) -> tuple[dict[str, Any], ...]:
+        largest = int(np.argmax(self._shards.sizes))
+        return self._batch([(self._shards.read(largest), np.arange(1))])
+
+    def _windows(self, seed: tuple[int, int] | None, skipped: int) -> Iterator[tuple[_Window, np.ndarray]]:
+        """Windows of an epoch and the order of their pairs, without the first pairs."""
+        sizes, per_window = np.asarray(self._shards.sizes), self._shards.per_window
+        order = np.arange(len(sizes))
+        if seed is not None and len(sizes) > 1:
+            order = np.random.default_rng(seed).permutation(len(sizes))
+        for number, begin in enumerate(range(0, len(sizes), per_window)):
+            shards = order[begin : begin + per_window]
+            pairs = int(sizes[shards].sum())
+            if skipped >= pairs:
+                skipped -= pairs
+                continue
+            window = self._whole or _Window.of([self._shards.read(one) for one in shards], self.deduplicate)
+            if seed is None:
+                pair_order = np.arange(pairs)
+            elif len(sizes) == 1:
+                pair_order = window.order(lambda count: permutation(count, seed))
+            else:
+                random = np.random.default_rng([*seed, number])
+                pair_order = window.order(random.permutation)
+            yield window, pair_order[skipped:]
+            skipped = 0
+
+    def _batches(self, seed: tuple[int, int] | None, start: int) -> Iterator[tuple[dict[str, Any], ...]]:
+        parts: list[tuple[Interactions, np.ndarray]] = []
+        missing = self.batch_size
+        for window, order in self._windows(seed, start * self.batch_size):
+            while len(order):
+                parts.append((window.data, order[:missing]))
+                order = order[missing:]
+                missing -= len(parts[-1][1])
+                if not missing:
+                    yield self._batch(parts)
+                    parts, missing = [], self.batch_size
+        if parts:
+            yield self._batch(parts)
+
+    def _batch(self, parts: Sequence[tuple[Interactions, np.ndarray]]) -> tuple[dict[str, Any], ...]:
+        inputs: dict[str, np.ndarray] = {}
+        for side, name in (("user", USER_ROWS), ("item", ITEM_ROWS)):
+            rows = [getattr(data, f"{side}_rows")[pairs] for data, pairs in parts]
+            if self.deduplicate:
+                distinct = [_distinct(one) for one in rows]
+                rows = [one for _, one in distinct]
+                offsets = np.cumsum([0, *map(len, rows)])
+                codes = [code + begin for (code, _), begin in zip(distinct, offsets, strict=False)]
+                inputs[name] = _joined(codes).astype(np.int32)
+                if self.pad:
+                    fill = np.zeros(-offsets[-1] % self.pad, rows[-1].dtype)
+                    rows = [*rows[:-1], np.concatenate([rows[-1], fill])]
+            tables = [getattr(data, f"{side}s") for data, _ in parts]
+            inputs |= {
+                column: _joined([table[column][one] for table, one in zip(tables, rows, strict=True)])
+                for column in tables[0]
+            }
+        labels = {
+            task: _column([np.asarray(data.labels[task])[pairs] for data, pairs in parts])
+            for task in parts[0][0].labels
+        }
+        if not parts[0][0].weights:
+            return inputs, labels
+        ones = np.ones(self.batch_size, np.float32)
+        weights = {
+            task: _column(
+                [
+                    np.asarray(data.weights[task])[pairs] if task in data.weights else ones[: len(pairs)]
+                    for data, pairs in parts
+                ]
+            )
+            for task in labels
+        }
+        return inputs, labels, weights
 
 
-def _pad_rows(rows: tf.Tensor, multiple: int) -> tf.Tensor:
-    """Fills a list of rows up to the next multiple with row 0."""
-    return tf.pad(rows, [[0, -tf.shape(rows)[0] % multiple]])
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the distinct rows each is, and those, in the order of their first appearance."""
+    values, first, codes = np.unique(rows, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return rank[codes], values[order]
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _column(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return _joined(arrays).astype(np.float32)[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """Pairs that are shuffled together.
+
+    Args:
+        data: The pairs.
+        by_user: With `deduplicate`, the pairs in the order of user rows.
+        start, count: Where the pairs of each user state are in it.
+    """
+
+    data: Interactions
+    by_user: np.ndarray | None = None
+    start: np.ndarray | None = None
+    count: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, shards: Sequence[Interactions], deduplicate: bool) -> _Window:
+        data = _together(shards)
+        if not deduplicate:
+            return cls(data)
+        by_user = np.argsort(data.user_rows, kind="stable")
+        _, start, count = np.unique(np.asarray(data.user_rows)[by_user], return_index=True, return_counts=True)
+        return cls(data, by_user, start, count)
+
+    def order(self, shuffle: Callable[[int], np.ndarray]) -> np.ndarray:
+        """A permutation of the pairs; with `deduplicate`, of the user states, whose pairs stay together."""
+        if self.by_user is None or self.start is None or self.count is None:
+            return shuffle(len(self.data))
+        states = shuffle(len(self.start))
+        start, count = self.start[states], self.count[states]
+        offset = np.arange(len(self.data)) - np.repeat(np.cumsum(count) - count, count)
+        return self.by_user[np.repeat(start, count) + offset]
+
+
+def _together(shards: Sequence[Interactions]) -> Interactions:
+    """One `Interactions` of several, whose items are the same."""
+    first = shards[0]
+    # Columns in files are read once.
+    users = {name: _joined([np.asarray(shard.users[name]) for shard in shards]) for name in first.users}
+    items = {name: np.asarray(column) for name, column in first.items.items()}
+    begins = np.concatenate([[0], np.cumsum([_rows(shard.users) for shard in shards])])
+    ones = [np.ones(len(shard), np.float32) for shard in shards]
+    weighted = {task for shard in shards for task in shard.weights}
+    return Interactions(
+        users,
+        items,
+        _joined([np.asarray(shard.user_rows) + begin for shard, begin in zip(shards, begins, strict=False)]),
+        _joined([np.asarray(shard.item_rows) for shard in shards]),
+        {task: _joined([np.asarray(shard.labels[task]) for shard in shards]) for task in first.labels},
+        {
+            task: _joined([shard.weights.get(task, one) for shard, one in zip(shards, ones, strict=True)])
+            for task in first.labels
+            if task in weighted
+        },
+    )
+
+
+def _rows(table: Table) -> int:
+    return len(next(iter(table.values()))) if table else 0
+
+
+class _Epoch(keras.utils.PyDataset):
+    """An epoch as backends other than TensorFlow read it."""
+
+    def __init__(self, batches: Callable[[int], Iterator[Any]], steps: int) -> None:
+        super().__init__()
+        self._make, self._steps = batches, steps
+        self._batches: Iterator[Any] = iter(())
+        self._next = -1
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, index: int) -> Any:
+        if index != self._next:
+            self._batches = self._make(index)
+        self._next = index + 1
+        return next(self._batches)
+
+    def cardinality(self) -> int:
+        """As of a `tf.data.Dataset`."""
+        return self._steps
+
+    def as_numpy_iterator(self) -> Iterator[Any]:
+        """As of a `tf.data.Dataset`."""
+        return self._make(0)
+
+
+def without_autotuning(dataset: Any) -> Any:
+    """The same `tf.data` pipeline, which ends when its data do.
+
+    The autotuner sleeps between two looks at a pipeline, twice as long each time, up to 41 s. Whoever drops an
+    iterator, as `fit` does after every epoch, waits until it wakes up.
+    """
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
+
+
+# The permutation of `tf.random.experimental.stateless_shuffle`, which all versions have used, without TensorFlow:
+# Philox-4x32-10 (Salmon et al., SC 2011) keyed by the seed, and the shuffle of Fisher and Yates.
+_LOW, _SHIFT = np.uint64(2**32 - 1), np.uint64(32)
+_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_WEYL = 0x9E3779B9, 0xBB67AE85
+_SCRAMBLE = 0x3EC8F720, 0x02461E29
+
+
+def permutation(count: int, seed: tuple[int, int]) -> np.ndarray:
+    """A permutation of `range(count)`, `(count,)`, a function of two seeds of 64 bits."""
+    mixed = _philox([np.array([half], np.uint64) for word in seed for half in (word % 2**32, word >> 32)], _SCRAMBLE)
+    first_key, second_key, *high = (int(word[0]) for word in mixed)
+    block = np.arange(-(-count // 4), dtype=np.uint64)
+    words = _philox(
+        [block & _LOW, block >> _SHIFT, *(np.full(len(block), word, np.uint64) for word in high)],
+        (first_key, second_key),
+    )
+    left = np.arange(count, 0, -1, dtype=np.uint64)
+    partner = np.arange(count) + (np.stack(words, axis=1).reshape(-1)[:count] % left).astype(np.int64)
+    order = list(range(count))
+    for place, other in enumerate(partner.tolist()):
+        order[place], order[other] = order[other], order[place]
+    return np.array(order, np.int64)
+
+
+def _philox(counter: Sequence[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
+    """Four words of 32 bits for each counter of four words."""
+    words = list(counter)
+    for _ in range(10):
+        first, second = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]
+        words = [
+            (second >> _SHIFT) ^ words[1] ^ np.uint64(key[0]),
+            second & _LOW,
+            (first >> _SHIFT) ^ words[3] ^ np.uint64(key[1]),
+            first & _LOW,
+        ]
+        key = (key[0] + _WEYL[0]) % 2**32, (key[1] + _WEYL[1]) % 2**32
+    return words

@@ -7,6 +7,7 @@ A raw table is a dictionary of equally long arrays, one per feature; a multi-val
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -299,7 +300,11 @@ class Encoder:
         self._by_name = {feature.name: feature for feature in self.features}
         self.state = {name: list(values) for name, values in state.items()}
         _check_state(self.features, self.state)
-        self.layers = {
+
+    @functools.cached_property
+    def layers(self) -> dict[str, keras.layers.Layer]:
+        """The preprocessing layers of the features that own one; they need TensorFlow, which training does not."""
+        return {
             feature.name: layer
             for feature in self.features
             if feature.embedding is None and (layer := _layer(feature, self.state.get(feature.name))) is not None

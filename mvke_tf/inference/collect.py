@@ -29,7 +29,7 @@ def as_interactions(model: MultiTaskModel, data: Any) -> Interactions:
     """
     if isinstance(data, Interactions):
         return data
-    if isinstance(data, Batches):
+    if isinstance(data, Batches) and isinstance(data.data, Interactions):
         return data.data
     sides = _inputs_by_side(model)
     features, labels = collect(data, model.task_names, lambda batch: _one_row_per_pair(batch, sides))

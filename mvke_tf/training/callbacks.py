@@ -15,9 +15,10 @@ from tqdm import tqdm
 from mvke_tf.config import TrainingConfig
 from mvke_tf.errors import TrainingError
 from mvke_tf.models import TwoTowerModel
-from mvke_tf.run import Run
+from mvke_tf.run import Progress, Run
 from mvke_tf.run_folder import History, best_epoch
 from mvke_tf.training.balancing import BalancedModel
+from mvke_tf.training.monitoring import Monitor
 from mvke_tf.training.validation import Validation
 
 LOGGER = logging.getLogger(__name__)
@@ -32,11 +33,12 @@ class EpochWatch(keras.callbacks.Callback):
         config: Settings of the training.
         rows: Rows of the log per epoch.
         validation: Measures the model after each epoch.
+        start: Batches of the first epoch that were done before.
     """
 
-    def __init__(self, run: Run, config: TrainingConfig, rows: int, validation: Validation) -> None:
+    def __init__(self, run: Run, config: TrainingConfig, rows: int, validation: Validation, start: int = 0) -> None:
         super().__init__()
-        self.run, self.config, self.rows, self.validation = run, config, rows, validation
+        self.run, self.config, self.rows, self.validation, self.start = run, config, rows, validation, start
         self._epoch, self._started, self._stopped = 0, 0.0, 0.0
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -45,7 +47,7 @@ class EpochWatch(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         loss = float(logs["loss"])
         self._stopped = time.perf_counter()
-        self._check_finite("loss", loss, f"step {batch + 1}")
+        self._check_finite("loss", loss, f"step {self.start + batch + 1}")
 
     def _check_finite(self, name: str, value: float, where: str) -> None:
         if not math.isfinite(value):
@@ -69,30 +71,64 @@ class EpochWatch(keras.callbacks.Callback):
             logs |= {f"log_variance_{task}": float(value) for task, value in log_variances.by_task().items()}
         if isinstance(self.model, BalancedModel):
             logs |= {f"loss_weight_{task}": weight for task, weight in self.model.balance.by_task().items()}
-        logs["examples_per_second"] = self.rows / (self._stopped - self._started)
+        rows = self.rows - self.start * self.config.batch_size
+        logs["examples_per_second"] = rows / (self._stopped - self._started)
+        self.start = 0
 
 
 class RunKeeper(keras.callbacks.Callback):
     """Keeps a run directory up to date. The last of the callbacks: what they wrote of an epoch counts with its state.
 
-    The state file is written last: a process killed at any moment resumes at the last epoch that finished, whose
-    successors it repeats exactly.
+    The state file is written last: a process killed at any moment resumes at the last state, from where on it repeats
+    everything exactly.
 
     Args:
         run: The run.
         plain: The model to checkpoint; the model in training shares its weights.
         history: The epochs that finished before.
+        steps: Batches per epoch.
+        monitor: Knows what has been said of gates.
+        progress: How far the next epoch has come.
     """
 
-    def __init__(self, run: Run, plain: TwoTowerModel, history: History) -> None:
+    def __init__(
+        self,
+        run: Run,
+        plain: TwoTowerModel,
+        history: History,
+        steps: int,
+        monitor: Monitor,
+        progress: Progress | None = None,
+    ) -> None:
         super().__init__()
-        self.run, self.plain, self.history = run, plain, history
+        self.run, self.plain, self.history, self.steps, self.monitor = run, plain, history, steps, monitor
+        self._every = run.config.training.checkpoint_steps
+        self._progress, self.start = progress, progress.step if progress else 0
+        self._kept = self.start
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._progress is not None:
+            # `fit` has set them to zero.
+            for variable, value in zip(self.model.metrics_variables, self._progress.sums, strict=True):
+                variable.assign(value)
+            self._progress = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        step = self.start + batch + 1
+        if not self._every or step - self._kept < self._every or step == self.steps:
+            return
+        self._kept = step
+        if keras.backend.backend() == "jax":
+            self.model.jax_state_sync()
+        sums = [keras.ops.convert_to_numpy(variable) for variable in self.model.metrics_variables]
+        self.run.save_state(self.model, self.history, Progress(step, sums, self.monitor.known))
 
     def on_epoch_end(self, epoch, logs=None):
         self.history.append({"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}})
         if best_epoch(self.history) == epoch:
             self.run.save_checkpoint(self.plain)
         self.run.save_state(self.model, self.history)
+        self.start = self._kept = 0
         # The data are those of one epoch.
         self.model.stop_training = True
 
@@ -103,11 +139,12 @@ class EpochLine(keras.callbacks.Callback):
     Args:
         steps: Batches per epoch.
         history: The epochs that have finished, the present one included.
+        start: Batches of the first epoch that were done before.
     """
 
-    def __init__(self, steps: int, history: History) -> None:
+    def __init__(self, steps: int, history: History, start: int = 0) -> None:
         super().__init__()
-        self.steps, self.history = steps, history
+        self.steps, self.history, self.start = steps, history, start
         self._bar: Any = None
         self._started = 0.0
 
@@ -115,6 +152,7 @@ class EpochLine(keras.callbacks.Callback):
         self._started = time.perf_counter()
         self._bar = tqdm(
             total=self.steps,
+            initial=self.start,
             desc=f"Epoch {epoch + 1}",
             unit="batch",
             leave=False,
@@ -125,10 +163,11 @@ class EpochLine(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         # Of several batches in one step, the last.
-        self._bar.update(batch + 1 - self._bar.n)
+        self._bar.update(self.start + batch + 1 - self._bar.n)
 
     def on_epoch_end(self, epoch, logs=None):
         self._bar.close()
+        self.start = 0
         seconds = time.perf_counter() - self._started
         is_best = best_epoch(self.history) == epoch
         LOGGER.info(epoch_line(self.history[-1], self.params["epochs"], seconds, is_best))

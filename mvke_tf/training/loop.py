@@ -225,8 +225,14 @@ class _Training:
             The whole history.
         """
         config, model, data = self.config.training, self.model, self.parts["train"]
-        history = run.restore_state(model)
-        if history:
+        history, progress = run.restore_state(model), run.progress()
+        start = progress.step if progress else 0
+        if start:
+            # The metrics of `fit` come into being with their first batch, and are to go on from their sums.
+            inputs, labels, *sample_weights = next(self.batches.arrays(config.seed, len(history), start))
+            model.compute_loss(inputs, labels, model(inputs), *sample_weights)
+            LOGGER.info("Continuing %s after batch %s of epoch %d.", run.folder, f"{start:,}", len(history) + 1)
+        elif history:
             LOGGER.info("Continuing %s after epoch %d.", run.folder, len(history))
         LOGGER.info("%s", describe_memory(table_memory(self.schema, self.config)))
         LOGGER.info(
@@ -254,10 +260,12 @@ class _Training:
             groups(self.prepared) if images and self.plain.gates is not None else (),
             images,
             run.warnings_file,
+            known=progress.known if progress else None,
         )
+        keeper = RunKeeper(run, self.plain, history, self.batches.steps, monitor, progress)
         every = [
-            *(EpochWatch(run, config, len(data), validation), monitor, RunKeeper(run, self.plain, history)),
-            *(EpochLine(self.batches.steps, history), *callbacks),
+            *(EpochWatch(run, config, len(data), validation, start), monitor, keeper),
+            *(EpochLine(self.batches.steps, history, start), *callbacks),
         ]
         tracker = MlflowLogger(run) if log or run.mlflow_file.is_file() else None
         if tracker is not None:
@@ -268,7 +276,7 @@ class _Training:
             # One call per epoch, whose data end with it: steps_per_execution would read on into the next one otherwise.
             while not is_finished(history, config):
                 model.fit(
-                    self.batches.epoch(config.seed, len(history)),
+                    self.batches.epoch(config.seed, len(history), keeper.start),
                     epochs=config.epochs,
                     initial_epoch=len(history),
                     shuffle=False,

@@ -28,6 +28,7 @@ CONFIG = RunConfig(
         loss_weighting="uncertainty",
         patience=0,
         monitor_images_epochs=0,
+        checkpoint_steps=3,
     ),
 )
 
@@ -40,9 +41,9 @@ def test_deduplicated_accumulated_training_with_uncertainty_weights_learns_and_r
     assert len(prepared.part_rows("train")) == 7 * 48
     save_state, interrupted = Run.save_state, Run(tmp_path / "runs" / "interrupted")
 
-    def save_and_copy(run, *args):
-        save_state(run, *args)
-        if not interrupted.folder.exists():
+    def save_and_copy(run, model, history, progress=None):
+        save_state(run, model, history, progress)
+        if len(history) == 1 and progress and not interrupted.folder.exists():
             shutil.copytree(run.folder, interrupted.folder)
 
     monkeypatch.setattr(Run, "save_state", save_and_copy)
@@ -57,6 +58,6 @@ def test_deduplicated_accumulated_training_with_uncertainty_weights_learns_and_r
 
     with caplog.at_level(logging.INFO, "mvke_tf"):
         resumed = train_run(interrupted)
-    assert f"Continuing {interrupted.folder} after epoch 1." in caplog.messages
+    assert f"Continuing {interrupted.folder} after batch 3 of epoch 2." in caplog.messages
     assert_same_state(state(unbroken.run), state(interrupted))
     assert resumed.best_epoch == unbroken.best_epoch

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.golden import FOLDER
+from tests.small import small_prepared
 
 # Two of `test_tables.py`; every other test of a training step would cost one more compilation.
 ROW_SPARSE = (
@@ -41,3 +42,40 @@ def test_layers_models_and_training_under_jax(tmp_path):
     passes_under_jax(
         tmp_path, "tests/layers", "tests/models", "tests/test_losses.py", "tests/training/jax_training.py", *ROW_SPARSE
     )
+
+
+# Trains from a folder where nobody can import TensorFlow.
+WITHOUT_TENSORFLOW = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tensorflow":
+            raise ImportError("TensorFlow is not to be used.")
+
+sys.meta_path.insert(0, Blocked())
+from pathlib import Path
+from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
+from mvke_tf.data.store import PreparedDataset
+from mvke_tf.training import train
+
+model = ModelConfig("hard_sharing", ("click",), embedding_dim=2, hidden_dims=(2,))
+training = TrainingConfig(epochs=1, batch_size=48, monitor_images_epochs=0)
+result = train(PreparedDataset.load(Path(sys.argv[1])), RunConfig(model, training), "run", Path(sys.argv[2]))
+assert "tensorflow" not in sys.modules
+print("loss", result.history[0]["loss"])
+"""
+
+
+def test_training_under_jax_needs_no_tensorflow(tmp_path):
+    small_prepared().save(tmp_path / "prepared")
+    completed = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TENSORFLOW, tmp_path / "prepared", tmp_path / "runs"],
+        cwd=REPOSITORY,
+        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert 0 < float(completed.stdout.split("loss")[-1]) < 1

@@ -84,10 +84,10 @@ def test_logs(trained):
     assert list(run.logs.rglob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("deduplicate", [False, True])
-def test_resumed_run_is_bit_identical(new_run, trained, monkeypatch, deduplicate):
+@pytest.mark.parametrize(("deduplicate", "checkpoint_steps"), [(False, 1), (True, 0)])
+def test_resumed_run_is_bit_identical(new_run, trained, monkeypatch, deduplicate, checkpoint_steps):
     unbroken = trained if deduplicate else train_run(new_run("unbroken", deduplicate=False))
-    broken = new_run("broken", deduplicate=deduplicate)
+    broken = new_run("broken", deduplicate=deduplicate, checkpoint_steps=checkpoint_steps)
     real = EpochWatch.on_train_batch_end
 
     def interrupt(self, batch, logs=None):
@@ -146,7 +146,8 @@ train_run(Run.open(folder))
 
 @pytest.mark.parametrize("where", ["batch", "state file"])
 def test_resumed_after_kill_9_is_bit_identical(new_run, trained, tmp_path, where):
-    killed, reached = new_run("killed"), tmp_path / "reached"
+    # One is killed after a state within the epoch.
+    killed, reached = new_run("killed", checkpoint_steps=2 * (where == "batch")), tmp_path / "reached"
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPED, where, killed.folder, reached],
         cwd=REPOSITORY,
@@ -162,6 +163,8 @@ def test_resumed_after_kill_9_is_bit_identical(new_run, trained, tmp_path, where
         process.kill()
         process.communicate(timeout=60)
     assert len(Run.open(killed.folder).history()) == 1
+    progress = Run.open(killed.folder).progress()
+    assert (progress.step if progress else 0) == (2 if where == "batch" else 0)
     assert bool(list(killed.folder.glob(".writing-*"))) == (where == "state file")
     resumed = train_run(Run.open(killed.folder))
     assert not list(killed.folder.rglob(".writing-*"))

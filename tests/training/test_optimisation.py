@@ -226,7 +226,7 @@ def test_options_together_resume_bit_identically(new_run, monkeypatch):
         **{"precision": "mixed_float16", "steps_per_execution": 2, "learning_rate": 0.01, "global_clipnorm": 1.0},
     }
     unbroken = train_run(new_run("unbroken", model, **options))
-    broken = new_run("broken", model, **options)
+    broken = new_run("broken", model, **options, checkpoint_steps=3)
     real = Run.save_state
 
     def interrupt(self, *args):
@@ -236,6 +236,7 @@ def test_options_together_resume_bit_identically(new_run, monkeypatch):
     monkeypatch.setattr(Run, "save_state", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_run(broken)
+    assert broken.history() == [] and broken.progress().step == 4
     monkeypatch.setattr(Run, "save_state", real)
     train_run(broken)
     assert_same_state(state(unbroken.run), state(broken))

@@ -41,6 +41,7 @@ class Monitor(keras.callbacks.Callback):
         images_epochs: Epochs from one heat map to the next, the first after epoch 1; 0 draws none.
         warnings_file: A text file with one line per warning, kept in step with the epochs; none by default.
         thresholds: Where a gate counts as collapsed and an expert as dead.
+        known: What has been said of gates already; by default what is true of them when a later epoch begins.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Monitor(keras.callbacks.Callback):
         images_epochs: int = 5,
         warnings_file: Path | None = None,
         thresholds: Thresholds | None = None,
+        known: Sequence[tuple[str, int | None]] | None = None,
     ) -> None:
         super().__init__()
         self.folder, self.best = Path(folder), Path(folder) / "best"
@@ -61,7 +63,7 @@ class Monitor(keras.callbacks.Callback):
         if data is not None and model.gate_side is not None:
             self._gates = GateView(model, data, groups, MOST_ENTITIES[model.gate_side])
         self._folders: dict[str, EventFolder] = {}
-        self._known: set[tuple[str, int | None]] = set()
+        self._known: set[tuple[str, int | None]] | None = None if known is None else set(known)
         self._warnings: list[str] = []
         self._learning_rate = float("nan")
 
@@ -80,9 +82,15 @@ class Monitor(keras.callbacks.Callback):
             shutil.rmtree(self.best)
         if warnings is not None:
             self._write_warnings(warnings)
-        if epoch and self._gates:
+        if self._known is None:
             # Was said before the interruption.
-            self._known = set(gate_events(self._gates.look(), self._thresholds))
+            said = gate_events(self._gates.look(), self._thresholds) if epoch and self._gates else ()
+            self._known = set(said)
+
+    @property
+    def known(self) -> list[tuple[str, int | None]]:
+        """What has been said of gates that is still true: `(task, dead expert, or None for a collapsed gate)`."""
+        return sorted(self._known or (), key=str)
 
     def _read_warnings(self, epoch: int) -> list[str] | None:
         """The lines of the epochs before; those of an epoch that did not finish come again."""
@@ -137,7 +145,7 @@ class Monitor(keras.callbacks.Callback):
         if self.images_epochs and epoch % self.images_epochs == 0:
             self._write_images(gates, uses, epoch)
         events = gate_events(uses, self._thresholds)
-        new = [text for key, text in events.items() if key not in self._known]
+        new = [text for key, text in events.items() if key not in (self._known or ())]
         self._known = set(events)
         if not new:
             return
