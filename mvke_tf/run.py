@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import logging
 import os
@@ -81,11 +82,12 @@ class Run:
             ValueError: If the data are in memory only.
         """
         folder = Path(folder)
+        exists = RunError(
+            f"{folder} exists already, and a run is never overwritten. Choose another --run_name, continue it with "
+            "--resume, or delete the folder."
+        )
         if folder.exists():
-            raise RunError(
-                f"{folder} exists already, and a run is never overwritten. Choose another --run_name, continue it "
-                "with --resume, or delete the folder."
-            )
+            raise exists
         if prepared.folder is None:
             raise ValueError("A run refers to prepared data in a folder: save them before. Received: data in memory")
         data = {
@@ -96,12 +98,18 @@ class Run:
             "folder": _relative(prepared.folder, folder),
             "source": _relative(prepared.dataset.folder, folder),
         }
-        with atomic_write(folder) as temporary:
-            temporary.mkdir()
-            write_json(temporary / "config.json", config.to_dict())
-            write_json(temporary / "dataset.json", prepared.dataset.to_dict())
-            write_json(temporary / "encoder.json", prepared.encoder.to_dict())
-            write_json(temporary / "data.json", data)
+        try:
+            with atomic_write(folder, replace=False) as temporary:
+                temporary.mkdir()
+                write_json(temporary / "config.json", config.to_dict())
+                write_json(temporary / "dataset.json", prepared.dataset.to_dict())
+                write_json(temporary / "encoder.json", prepared.encoder.to_dict())
+                write_json(temporary / "data.json", data)
+        except OSError as error:
+            # Another process has made it meanwhile.
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise exists from error
+            raise
         run = cls(folder)
         run.__dict__["prepared"] = prepared
         return run
@@ -349,6 +357,11 @@ class Run:
         kept = f" {self.checkpoint} can still be used." if self.checkpoint.is_file() else ""
         return RunError(f"{self.state_file} is damaged ({reason}), and resuming needs it.{kept} {self._train_anew()}")
 
+    def clear_temporary(self) -> None:
+        """Clears away what a killed process left half-written."""
+        for folder in (self.folder.parent, self.folder, self.logs):
+            remove_temporary(folder)
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Makes this process the only one that trains the run, and clears away what a killed one left half-written.
@@ -374,8 +387,7 @@ class Run:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             try:
-                for folder in (self.folder, self.logs):
-                    remove_temporary(folder)
+                self.clear_temporary()
                 yield
             finally:
                 # The empty file stays: who deletes a lock may delete that of the next process.
