@@ -725,6 +725,12 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         default=10.0,
         help="how often to look for a newer version, which then answers; 0 never does (default: 10)",
     )
+    parser.add_argument(
+        "--batch_ms",
+        type=float,
+        default=0.0,
+        help="how long a request waits for others to be computed with it, milliseconds (default: 0, none waits)",
+    )
     parser.add_argument("--log_requests", action="store_true", help="print a line for each request")
 
 
@@ -734,6 +740,8 @@ def _check_serve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     args.model_dir = args.model_dir or args.model_dir_option
     if not 0 <= args.reload_seconds < float("inf"):
         parser.error(f"argument --reload_seconds: expected 0 or more seconds, received {args.reload_seconds}")
+    if not 0 <= args.batch_ms <= 1000:
+        parser.error(f"argument --batch_ms: expected 0 to 1000 milliseconds, received {args.batch_ms}")
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -760,6 +768,7 @@ def _serve(args: argparse.Namespace) -> None:
         values=args.max_values,
         threads=args.threads,
         waiting=args.max_waiting,
+        batch_seconds=args.batch_ms / 1000,
     )
     serve(
         args.model_dir,

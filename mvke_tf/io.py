@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 import zipfile
 import zlib
@@ -18,8 +20,10 @@ from mvke_tf.errors import DataError, MvkeError
 if TYPE_CHECKING:
     import numpy as np
 
-# Prefix of the hidden folders that hold a file while it is written; the number of the process follows.
+# Prefix of the hidden folders that hold a file while it is written; the number of the process and its host follow.
 TEMPORARY = ".writing-"
+# What follows the name of a folder that has stepped aside for its successor.
+_EARLIER = ".earlier"
 # Far more than any settings, and little enough to be read at once.
 MOST_JSON_BYTES = 2**26
 
@@ -29,8 +33,8 @@ def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
     """A temporary path beside `path`, with the same ending, that is renamed to it when the block ends well.
 
     Works for a file and for a folder; what exists is replaced, a folder with all that is in it. After an error, or an
-    interruption, the target is as it was, and nothing temporary is left (only a killed process leaves its hidden
-    temporary folder). Contents are on the disk before the new name is.
+    interruption, the target is as it was, and nothing temporary is left. (Only a killed process leaves its hidden
+    temporary folder, which the next write beside it clears away.) Contents are on the disk before the new name is.
 
     Args:
         path: The target.
@@ -41,14 +45,15 @@ def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-", dir=path.parent))
+    remove_temporary(path.parent)
+    folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-{_host()}-", dir=path.parent))
     try:
         temporary = folder / path.name
         yield temporary
         _sync(temporary)
         if replace and temporary.is_dir() and path.is_dir():
             # No folder can be renamed onto one with files. The earlier one steps aside, and back if the rename fails.
-            earlier = folder / "earlier"
+            earlier = folder / (path.name + _EARLIER)
             os.replace(path, earlier)
             try:
                 os.replace(temporary, path)
@@ -139,11 +144,24 @@ def read_json(path: Path, error: type[MvkeError] = DataError, most_bytes: int | 
 
 
 def remove_temporary(folder: Path) -> None:
-    """Deletes what processes of this host that no longer exist left half-written directly in `folder`."""
+    """Deletes what processes of this host that no longer exist left half-written directly in `folder`.
+
+    A folder that was whole, and whose predecessor had already stepped aside, gets its name.
+    """
     for path in Path(folder).glob(f"{TEMPORARY}*"):
-        pid = path.name.removeprefix(TEMPORARY).split("-")[0]
-        if pid.isdecimal() and not process_exists(int(pid)):
-            shutil.rmtree(path)
+        pid, _, rest = path.name.removeprefix(TEMPORARY).partition("-")
+        if not pid.isdecimal() or not rest.startswith(f"{_host()}-") or process_exists(int(pid)):
+            continue
+        for earlier in path.glob(f"*{_EARLIER}"):
+            name = earlier.name.removesuffix(_EARLIER)
+            if not (path.parent / name).exists():
+                os.replace(path / name, path.parent / name)
+        # Another process may do the same now.
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.]", "_", socket.gethostname())
 
 
 def process_exists(pid: int) -> bool:

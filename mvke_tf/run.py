@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -67,11 +68,12 @@ class Run(RunFolder):
             ValueError: If the data are in memory only.
         """
         folder = Path(folder)
+        exists = RunError(
+            f"{folder} exists already, and a run is never overwritten. Choose another --run_name, continue it with "
+            "--resume, or delete the folder."
+        )
         if folder.exists():
-            raise RunError(
-                f"{folder} exists already, and a run is never overwritten. Choose another --run_name, continue it "
-                "with --resume, or delete the folder."
-            )
+            raise exists
         if prepared.folder is None:
             raise ValueError("A run refers to prepared data in a folder: save them before. Received: data in memory")
         data = {
@@ -82,12 +84,18 @@ class Run(RunFolder):
             "folder": _relative(prepared.folder, folder),
             "source": _relative(prepared.dataset.folder, folder),
         }
-        with atomic_write(folder) as temporary:
-            temporary.mkdir()
-            write_json(temporary / "config.json", config.to_dict())
-            write_json(temporary / "dataset.json", prepared.dataset.to_dict())
-            write_json(temporary / "encoder.json", prepared.encoder.to_dict())
-            write_json(temporary / "data.json", data)
+        try:
+            with atomic_write(folder, replace=False) as temporary:
+                temporary.mkdir()
+                write_json(temporary / "config.json", config.to_dict())
+                write_json(temporary / "dataset.json", prepared.dataset.to_dict())
+                write_json(temporary / "encoder.json", prepared.encoder.to_dict())
+                write_json(temporary / "data.json", data)
+        except OSError as error:
+            # Another process has made it meanwhile.
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise exists from error
+            raise
         run = cls(folder)
         run.__dict__["prepared"] = prepared
         return run

@@ -235,6 +235,11 @@ class RunFolder:
         except FileNotFoundError:
             return ""
 
+    def clear_temporary(self) -> None:
+        """Clears away what a killed process left half-written."""
+        for folder in (self.folder.parent, self.folder, self.logs):
+            remove_temporary(folder)
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Makes this process the only one that trains the run, and clears away what a killed one left half-written.
@@ -260,8 +265,7 @@ class RunFolder:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             try:
-                for folder in (self.folder, self.logs):
-                    remove_temporary(folder)
+                self.clear_temporary()
                 yield
             finally:
                 # The empty file stays: who deletes a lock may delete that of the next process.

@@ -45,7 +45,7 @@ def test_a_folder_stays_if_the_last_rename_fails(tmp_path, monkeypatch):
     replace = os.replace
 
     def fail(source, target):
-        if target == tmp_path / "made" and source.name != "earlier":
+        if target == tmp_path / "made" and source.name == "made":
             raise OSError("the disk is gone")
         replace(source, target)
 
@@ -89,18 +89,48 @@ def test_json_that_is_missing_or_far_too_large(tmp_path):
     assert read_json(tmp_path / "a.json", most_bytes=None) == [1, 2]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    code = """
+KILLED = """
 import os, signal, sys
+from pathlib import Path
 from mvke_tf.io import atomic_write
-with atomic_write(sys.argv[1]) as temporary:
-    temporary.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
+
+replace, renames = os.replace, []
+
+def counted(source, target):
+    if len(renames) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    renames.append(target)
+    replace(source, target)
+
+os.replace = counted
+with atomic_write(Path(sys.argv[1])) as temporary:
+    temporary.mkdir()
+    (temporary / "inside").write_text("new")
 """
-    subprocess.run([sys.executable, "-c", code, tmp_path / "a.txt"], check=False)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_write(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "a", "0"], check=False)
     assert len(list(tmp_path.iterdir())) == 1
     with atomic_write(tmp_path / "b.txt") as temporary:
         temporary.write_text("in the making")
         remove_temporary(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [temporary.parent.name]
     assert [path.name for path in tmp_path.iterdir()] == ["b.txt"]
+
+
+@pytest.mark.parametrize(("renames", "contents"), [(0, "old"), (1, "new")])
+def test_a_folder_is_the_old_or_the_new_one_whenever_the_process_is_killed(tmp_path, renames, contents):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "inside").write_text("old")
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "a", str(renames)], check=False)
+    assert (tmp_path / "a").exists() == (renames == 0)
+    remove_temporary(tmp_path)
+    assert (tmp_path / "a" / "inside").read_text() == contents
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_another_host_writes_is_left_alone(tmp_path):
+    (tmp_path / ".writing-999999999-elsewhere-abc").mkdir()
+    write_json(tmp_path / "a.json", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".writing-999999999-elsewhere-abc", "a.json"]

@@ -48,6 +48,15 @@ def test_create_never_overwrites(tiny_run):
         Run.create(tiny_run.folder, tiny_run.config, tiny_run.prepared)
 
 
+def test_of_two_that_make_a_run_one_is_refused(tiny_run, monkeypatch):
+    """The other has made it since the first one looked."""
+    before = {path.name: path.stat().st_mtime_ns for path in tiny_run.folder.iterdir()}
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    with pytest.raises(RunError, match="exists already, and a run is never overwritten"):
+        Run.create(tiny_run.folder, tiny_run.config, tiny_run.prepared)
+    assert {path.name: path.stat().st_mtime_ns for path in tiny_run.folder.iterdir()} == before
+
+
 def test_a_run_and_its_data_move_together(tiny_run, tiny_prepared, tmp_path):
     moved = shutil.move(tmp_path / "tiny", tmp_path / "moved")
     run = Run.open(moved / "runs" / "tiny")
@@ -253,10 +262,10 @@ def test_the_lock_of_a_dead_process_counts_for_nothing_and_that_of_another_host_
 
 
 def test_the_lock_clears_away_what_a_dead_process_left(tiny_run):
-    for folder in (tiny_run.folder, tiny_run.logs):
-        (folder / ".writing-999999999-abc").mkdir(parents=True)
+    for folder in (tiny_run.folder.parent, tiny_run.folder, tiny_run.logs):
+        (folder / f".writing-999999999-{socket.gethostname()}-abc").mkdir(parents=True)
     with tiny_run.lock():
-        assert not list(tiny_run.folder.rglob(".writing-*"))
+        assert not list(tiny_run.folder.parent.rglob(".writing-*"))
 
 
 def test_the_command_that_continues_is_quoted(tmp_path):

@@ -75,6 +75,9 @@ class Signature:
         """A dictionary for `signatures.json`."""
         described = {
             "description": self.description,
+            # Each row of the outputs depends on the same row of the inputs only: servers may answer several requests
+            # in one call.
+            "by_row": True,
             "inputs": {name: dataclasses.asdict(field) for name, field in self.inputs.items()},
             "outputs": {name: dataclasses.asdict(field) for name, field in self.outputs.items()},
         }

@@ -142,19 +142,17 @@ def _check_log(log: Sequence[str]) -> None:
 def _train(
     run: Run, training: _Training | None, callbacks: Sequence[keras.callbacks.Callback], log: Sequence[str]
 ) -> Result:
-    history = run.history()
-    if history and not run.checkpoint.is_file():
-        raise run.lost_checkpoint()
+    history = _history(run)
     finished = len(history)
     LOGGER.info("Run: %s   (follow it: tensorboard --logdir %s)", run.folder, run.folder.parent)
-    if is_finished(history, run.config.training):
+    if is_finished(history, run.config.training) and (run.logs / "best").exists():
+        # May be on a disk that is only read.
+        run.clear_temporary()
         LOGGER.info("All %d epochs of %s have finished already.", finished, run.folder)
-        if not (run.logs / "best").exists():
-            _write_best(run, history, run.load_model())
     else:
         with run.lock():
             try:
-                history = (training or _Training.of(run.prepared, run.config)).fit(run, callbacks, log)
+                history = _trained(run, training, callbacks, log)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"Continue with: {resume_command(run)}") from None
     speeds = [epoch["examples_per_second"] for epoch in history[finished:]]
@@ -166,6 +164,25 @@ def _train(
         _peak_memory(),
         _gpu_peak_memory(),
     )
+
+
+def _history(run: Run) -> History:
+    history = run.history()
+    if history and not run.checkpoint.is_file():
+        raise run.lost_checkpoint()
+    return history
+
+
+def _trained(
+    run: Run, training: _Training | None, callbacks: Sequence[keras.callbacks.Callback], log: Sequence[str]
+) -> History:
+    """The history of a run that no other process trains, when all its epochs are done."""
+    history = _history(run)
+    if not is_finished(history, run.config.training):
+        return (training or _Training.of(run.prepared, run.config)).fit(run, callbacks, log)
+    LOGGER.info("All %d epochs of %s have finished already.", len(history), run.folder)
+    _write_best(run, history, run.load_model())
+    return history
 
 
 @dataclasses.dataclass(frozen=True)

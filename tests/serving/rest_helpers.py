@@ -151,6 +151,9 @@ class Stub:
     def cost(self, signature):
         return Cost()
 
+    def is_by_row(self, signature):
+        return False
+
     def predict(self, signature, arrays, max_values=None):
         self.behave()
         return {"y": np.arange(2)}

@@ -13,7 +13,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -24,15 +24,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from mvke_tf.serving.rest.batching import MOST_REQUESTS, Waiting, answer, answer_all
 from mvke_tf.serving.rest.metrics import CONTENT_TYPE, Metrics
-from mvke_tf.serving.rest.protocol import (
-    InputSpec,
-    RequestError,
-    parse_request,
-    read_arrays,
-    write_answer,
-    write_error,
-)
+from mvke_tf.serving.rest.protocol import InputSpec, RequestError, write_error
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +43,7 @@ class Model(Protocol):
 
     def inputs(self, signature: str) -> dict[str, InputSpec]: ...
     def cost(self, signature: str) -> Any: ...
+    def is_by_row(self, signature: str) -> bool: ...
     def predict(self, signature: str, arrays: Any, max_values: int | None = None) -> dict[str, Any]: ...
     def metadata(self, name: str) -> dict[str, Any]: ...
 
@@ -72,6 +67,8 @@ class Limits:
         body_seconds: The same of the body.
         wait_seconds: Longest time that a request waits for a thread.
         answer_seconds: Longest time that a client may take to read an answer.
+        batch_seconds: How long a request of at most 64 KiB waits for others that one call of the model can answer with
+            it, where `signatures.json` says that this changes no answer; 0 lets none wait.
     """
 
     request_bytes: int = 8 * 2**20
@@ -86,6 +83,7 @@ class Limits:
     body_seconds: float = 30.0
     wait_seconds: float = 30.0
     answer_seconds: float = 60.0
+    batch_seconds: float = 0.0
 
 
 class _Digits(StringConvertor):
@@ -94,18 +92,6 @@ class _Digits(StringConvertor):
 
 
 register_url_convertor("digits", _Digits())
-
-
-def answer(model: Model, body: bytes, limits: Limits) -> bytes:
-    """The body of the answer to the body of a `predict` request.
-
-    Raises:
-        RequestError: If the request cannot be answered.
-    """
-    request = parse_request(body)
-    arrays = read_arrays(request, model.inputs(request.signature), limits.rows, limits.values)
-    model.cost(request.signature).check(arrays, limits.values, limits.numbers)
-    return write_answer(model.predict(request.signature, arrays, limits.values), request.by_rows)
 
 
 class Application:
@@ -143,11 +129,13 @@ class Application:
         self._long_turns = asyncio.Semaphore(max(1, self.limits.threads - 1))
         self._computing: set[concurrent.futures.Future] = set()
         self._pending = self._pending_long = 0
+        self._queue: list[Waiting] = []
+        self._collectors: set[asyncio.Task[None]] = set()
         self.buffered_bytes = 0
         self.metrics = Metrics(
             {
                 "mvke_model_version": ("Version that is served.", lambda: self.model.version),
-                "mvke_requests_pending": ("Complete requests without an answer.", lambda: self._pending),
+                "mvke_requests_pending": ("Complete requests without an answer.", lambda: self.pending),
                 "mvke_buffered_bytes": ("Bytes of bodies that are held.", lambda: self.buffered_bytes),
             }
         )
@@ -167,6 +155,11 @@ class Application:
     def busy(self) -> bool:
         """Whether a thread computes a request, be it one whose client is gone."""
         return bool(self._computing)
+
+    @property
+    def pending(self) -> int:
+        """Complete requests without an answer."""
+        return self._pending
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers one request, as ASGI has it."""
@@ -235,17 +228,69 @@ class Application:
         self._pending += 1
         self._pending_long += is_long
         try:
+            if self.limits.batch_seconds and not is_long:
+                return _json(await self._batched(Waiting(model, body, request.is_disconnected)))
             async with self._turn(is_long):
                 if await request.is_disconnected():
                     raise ClientDisconnect
-                # In a thread, parsing included: the event loop goes on reading, answering and refusing.
-                future = self._threads.submit(answer, model, body, self.limits)
-                self._computing.add(future)
-                future.add_done_callback(self._computing.discard)
-                return _json(await asyncio.wrap_future(future))
+                return _json(await self._compute(answer, model, body, self.limits))
         finally:
             self._pending -= 1
             self._pending_long -= is_long
+
+    async def _compute(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls a function in a thread: the event loop goes on reading, answering and refusing."""
+        future = self._threads.submit(function, *args)
+        self._computing.add(future)
+        future.add_done_callback(self._computing.discard)
+        return await asyncio.wrap_future(future)
+
+    async def _batched(self, waiting: Waiting) -> bytes:
+        """The answer to a request, which may be computed with others."""
+        self._queue.append(waiting)
+        if len(self._queue) == 1:
+            self._collect()
+        try:
+            async with asyncio.timeout(self.limits.wait_seconds):
+                await waiting.taken
+        except TimeoutError:
+            if waiting in self._queue:
+                self._queue.remove(waiting)
+                raise self._no_thread() from None
+        return await waiting.answered
+
+    def _collect(self) -> None:
+        collector = asyncio.get_running_loop().create_task(self._answer_batch())
+        self._collectors.add(collector)
+        collector.add_done_callback(self._collectors.discard)
+
+    async def _answer_batch(self) -> None:
+        """Answers the requests that wait when the time is over and a thread is free."""
+        await asyncio.sleep(self.limits.batch_seconds)
+        async with self._turns:
+            batch = self._queue[:MOST_REQUESTS]
+            del self._queue[:MOST_REQUESTS]
+            if self._queue:
+                self._collect()
+            for waiting in batch:
+                waiting.taken.set_result(None)
+            batch = [waiting for waiting in batch if not await waiting.is_gone()]
+            loop = asyncio.get_running_loop()
+
+            def deliver(number: int, result: bytes | Exception) -> None:
+                loop.call_soon_threadsafe(batch[number].answer, result)
+
+            entries = [(waiting.model, waiting.body) for waiting in batch]
+            try:
+                await self._compute(answer_all, entries, self.limits, deliver)
+            except Exception as error:
+                for waiting in batch:
+                    waiting.answer(error)
+
+    def _no_thread(self) -> RequestError:
+        return RequestError(
+            f"The server is busy; try again. No thread was free within {self.limits.wait_seconds:g} s", 503
+        )
 
     @contextlib.asynccontextmanager
     async def _turn(self, is_long: bool) -> AsyncIterator[None]:
@@ -257,9 +302,7 @@ class Application:
                         await held.enter_async_context(self._long_turns)
                     await held.enter_async_context(self._turns)
             except TimeoutError:
-                raise RequestError(
-                    f"The server is busy; try again. No thread was free within {self.limits.wait_seconds:g} s", 503
-                ) from None
+                raise self._no_thread() from None
             yield
 
     async def _receive(self, request: Request, held: bytearray) -> None:

@@ -16,7 +16,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from mvke_tf.errors import DataError
 from mvke_tf.io import read_json
-from mvke_tf.serving.rest.protocol import DEFAULT_SIGNATURE, InputSpec, RequestError
+from mvke_tf.serving.rest.protocol import DEFAULT_SIGNATURE, InputSpec, RequestError, check_sizes
 
 DESCRIPTIONS_FILE = "signatures.json"
 
@@ -58,8 +58,8 @@ class Cost:
             _count(answer.get("most")),
         )
 
-    def check(self, arrays: Mapping[str, np.ndarray], max_values: int, max_numbers: int) -> None:
-        """Does nothing if a request stays within its bounds.
+    def check(self, arrays: Mapping[str, np.ndarray], max_values: int, max_numbers: int) -> int:
+        """How many numbers a request that stays within its bounds makes the model hold or compute.
 
         Args:
             arrays: The inputs of the request.
@@ -88,6 +88,7 @@ class Cost:
                 + f", at most {max_numbers} in a request; send several. Received: {rows} rows, {numbers} numbers",
                 413,
             )
+        return numbers
 
 
 class ServedModel:
@@ -120,6 +121,7 @@ class ServedModel:
             name: _input_specs(function, _entry(_entry(described, name), "inputs"))
             for name, function in self._functions.items()
         }
+        self._by_row = {name for name in self._functions if _entry(described, name).get("by_row") is True}
         self._costs = {name: Cost.from_dict(_entry(_entry(described, name), "cost")) for name in self._functions}
 
     def _descriptions(self) -> dict[str, Any]:
@@ -151,6 +153,10 @@ class ServedModel:
         """What a request for a signature, one of the model's, takes."""
         return self._costs[signature]
 
+    def is_by_row(self, signature: str) -> bool:
+        """Whether each row of an answer depends on the same row of the inputs only, as `signatures.json` states."""
+        return signature in self._by_row
+
     def predict(
         self, signature: str, arrays: Mapping[str, np.ndarray], max_values: int | None = None
     ) -> dict[str, np.ndarray]:
@@ -181,13 +187,8 @@ class ServedModel:
             raise RequestError(
                 "The model refuses the inputs, of which one is no text. Received: bytes that are not UTF-8"
             ) from error
-        for name, output in outputs.items():
-            if max_values is not None and (values := int(tf.size(output))) > max_values:
-                raise RequestError(
-                    f"At most {max_values} values in an output; ask for fewer rows. "
-                    f"Received: a request that makes {values} values of {name!r}",
-                    413,
-                )
+        if max_values is not None:
+            check_sizes({name: int(tf.size(output)) for name, output in outputs.items()}, max_values)
         return {name: np.asarray(output.numpy()) for name, output in outputs.items()}
 
     def metadata(self, name: str) -> dict[str, Any]:

@@ -199,6 +199,21 @@ def _too_many(rows: int, most: int) -> NoReturn:
     raise RequestError(f"At most {most} rows in a request; send several. Received: {rows} rows", 413)
 
 
+def check_sizes(sizes: Mapping[str, int], most: int) -> None:
+    """Does nothing if no output, by name, has more values than `most`.
+
+    Raises:
+        RequestError: If one has.
+    """
+    for name, values in sizes.items():
+        if values > most:
+            raise RequestError(
+                f"At most {most} values in an output; ask for fewer rows. "
+                f"Received: a request that makes {values} values of {name!r}",
+                413,
+            )
+
+
 def _is_b64(value: Any) -> bool:
     return isinstance(value, dict) and list(value) == ["b64"]
 
