@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 import time
@@ -21,7 +20,6 @@ from mvke_tf.training.balancing import BalancedModel
 from mvke_tf.training.monitoring import Monitor
 from mvke_tf.training.validation import Validation
 
-LOGGER = logging.getLogger(__name__)
 LINE_WIDTH = 100
 
 
@@ -170,7 +168,7 @@ class EpochLine(keras.callbacks.Callback):
         self.start = 0
         seconds = time.perf_counter() - self._started
         is_best = best_epoch(self.history) == epoch
-        LOGGER.info(epoch_line(self.history[-1], self.params["epochs"], seconds, is_best))
+        tqdm.write(epoch_line(self.history[-1], self.params["epochs"], seconds, is_best), file=sys.stdout)
 
 
 def epoch_line(logs: Mapping[str, float], epochs: int, seconds: float, is_best: bool) -> str:

@@ -404,13 +404,12 @@ def test_the_line_of_an_epoch_fits_whatever_the_tasks_are():
     )
 
 
-def test_training_says_one_line_per_epoch(new_run, caplog):
-    caplog.set_level(logging.INFO)
+def test_training_says_one_line_per_epoch(new_run, capsys):
     seen = []
     history = train_run(
         new_run("lines", epochs=2),
         [keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(epoch))],
     ).history
-    lines = [message for message in caplog.messages if message.startswith("Epoch ")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Epoch ")]
     assert [line.split("  ")[0] for line in lines] == ["Epoch 1/2", "Epoch 2/2"] and seen == [0, 1]
     assert f"val_score {history[0]['val_score']:#.4g} (best)" in lines[0]
