@@ -26,7 +26,7 @@ LOSS_WEIGHTINGS = ("fixed", "uncertainty", "famo", "pcgrad", "gradnorm")
 BALANCED = LOSS_WEIGHTINGS[2:]
 EMBEDDING_OPTIMIZERS = ("same", "lazy_adam", "rowwise_adagrad")
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
-MODEL_NAMES = ("mvke", "mmoe", "cgc", "ple", "shared_bottom", "hard_sharing", "single_task")
+MODEL_NAMES = ("mvke", "mmoe", "cgc", "ple", "stem", "aitm", "resflow", "shared_bottom", "hard_sharing", "single_task")
 # Rows of a comparison without a neural network.
 BASELINE_NAMES = ("popularity", "lightgbm")
 # What a command line can choose from, by section and setting.

@@ -2,9 +2,17 @@
 
 from mvke_tf.layers.balance import TaskBalance
 from mvke_tf.layers.calibration import CalibratedLogit, LogitMap
-from mvke_tf.layers.embedding import FieldEmbedding, ReplaceByUnknown, StackFields
+from mvke_tf.layers.embedding import FieldEmbedding, ReplaceByUnknown, SliceFields, StackFields
 from mvke_tf.layers.experts import ConvolutionalExpert, Experts, SelectExperts
-from mvke_tf.layers.gates import AttentionGate, ExpertGate, GatedTag, GateSoftmax, MixExperts, VirtualKernelGate
+from mvke_tf.layers.gates import (
+    AttentionGate,
+    ExpertGate,
+    GatedTag,
+    GateSoftmax,
+    MixExperts,
+    TransferAttention,
+    VirtualKernelGate,
+)
 from mvke_tf.layers.heads import ClassHead, CountHead, GatherRows, JointLogit, RegressionHead, RowDot
 from mvke_tf.layers.task_uncertainty import TaskUncertainty
 from mvke_tf.layers.virtual_kernels import VirtualKernelAttention, VirtualKernels
@@ -28,9 +36,11 @@ __all__ = [
     "ReplaceByUnknown",
     "RowDot",
     "SelectExperts",
+    "SliceFields",
     "StackFields",
     "TaskBalance",
     "TaskUncertainty",
+    "TransferAttention",
     "VirtualKernelAttention",
     "VirtualKernelGate",
     "VirtualKernels",

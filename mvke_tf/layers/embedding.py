@@ -202,3 +202,38 @@ class StackFields(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "fields": self.fields}
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class SliceFields(keras.layers.Layer):
+    """Some of the embeddings of equal width that every field has side by side.
+
+    Args:
+        chosen: Indices of the embeddings, in the order in which they are put out.
+        count: How many a field has.
+
+    Call arguments:
+        inputs: `(B, F, count D)`.
+
+    Returns:
+        `(B, F, len(chosen) D)`.
+
+    Example:
+
+    >>> SliceFields((2, 0), 3)(np.array([[[1.0, 2.0, 3.0]]]))
+    <tf.Tensor: shape=(1, 1, 2), dtype=float32, numpy=array([[[3., 1.]]], dtype=float32)>
+    """
+
+    def __init__(self, chosen: Sequence[int], count: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.chosen, self.count = tuple(chosen), count
+
+    def call(self, inputs):
+        width = inputs.shape[-1] // self.count
+        return ops.concatenate([inputs[..., index * width : (index + 1) * width] for index in self.chosen], axis=-1)
+
+    def compute_output_shape(self, inputs_shape):
+        return (*inputs_shape[:-1], inputs_shape[-1] // self.count * len(self.chosen))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "chosen": self.chosen, "count": self.count}

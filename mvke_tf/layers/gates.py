@@ -274,6 +274,7 @@ class MixExperts(keras.layers.Layer):
 
     Args:
         experts: Indices of the experts, in the order of the gate weights.
+        stopped: Those of them that get no gradient from this mixture.
 
     Call arguments:
         outputs: Expert outputs `(B, E, O)`.
@@ -291,9 +292,12 @@ class MixExperts(keras.layers.Layer):
     TensorShape([4, 8])
     """
 
-    def __init__(self, experts: Sequence[int], **kwargs: Any) -> None:
+    def __init__(self, experts: Sequence[int], stopped: Sequence[int] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.experts = check_indices(experts)
+        self.stopped = tuple(stopped)
+        if not set(self.stopped) <= set(self.experts):
+            raise ValueError(f"`stopped` must be some of the experts {self.experts}. Received: {self.stopped}")
 
     def build(self, outputs_shape, gate_shape=None) -> None:
         check_indices(self.experts, outputs_shape[1])
@@ -306,6 +310,7 @@ class MixExperts(keras.layers.Layer):
 
     def call(self, outputs, gate=None):
         experts = ops.unstack(outputs, axis=1)
+        experts = [ops.stop_gradient(own) if e in self.stopped else own for e, own in enumerate(experts)]
         if gate is None:
             return experts[self.experts[0]]
         chosen = ops.stack([experts[index] for index in self.experts], axis=1)
@@ -315,7 +320,46 @@ class MixExperts(keras.layers.Layer):
         return (outputs_shape[0], outputs_shape[-1])
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "experts": self.experts}
+        return {**super().get_config(), "experts": self.experts, "stopped": self.stopped}
+
+
+@keras.saving.register_keras_serializable(package="mvke_tf")
+class TransferAttention(keras.layers.Layer):
+    """AITM's transfer between two tasks: `z = Σ_v softmax_v(⟨h2(v), h3(v)⟩ / √D) h1(v)` over v = p and q.
+
+    h1, h2 and h3 are linear, D to D.
+
+    Call arguments:
+        transferred: p, from the task before, `(B, D)`.
+        own: q, of the task itself, `(B, D)`.
+
+    Returns:
+        `(B, D)`.
+
+    Example:
+
+    >>> TransferAttention()(np.ones((2, 4)), np.ones((2, 4))).shape
+    TensorShape([2, 4])
+
+    Reference: Xi et al., KDD 2021, equations 4 to 6.
+    """
+
+    def build(self, transferred_shape, own_shape) -> None:
+        width = own_shape[-1]
+        # Glorot's uniform one for each of the three: the first axis does not count.
+        per_matrix = keras.initializers.VarianceScaling(3.0, "fan_avg", "uniform")
+        self.kernels = self.add_weight(shape=(3, width, width), initializer=per_matrix, name="kernels")
+        self.biases = self.add_weight(shape=(3, 1, width), initializer="zeros", name="biases")
+        super().build(transferred_shape)
+
+    def call(self, transferred, own):
+        both = ops.stack([transferred, own], axis=1)
+        value, key, query = (ops.matmul(both, self.kernels[h]) + self.biases[h] for h in range(3))
+        scores = ops.sum(key * query, axis=-1) / float(own.shape[-1]) ** 0.5
+        return ops.sum(ops.expand_dims(ops.softmax(scores, axis=-1), -1) * value, axis=1)
+
+    def compute_output_shape(self, transferred_shape, own_shape):
+        return tuple(own_shape)
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")

@@ -10,12 +10,14 @@ import keras
 from mvke_tf.config import ModelConfig, nearest
 from mvke_tf.errors import ConfigError, RunError
 from mvke_tf.io import CORRUPT_FILE_ERRORS
+from mvke_tf.models.chains import build_aitm, build_resflow
 from mvke_tf.models.dense_mmoe import DenseMMoE, build_mmoe, build_mmoe_recommender
 from mvke_tf.models.mmoe import build_mmoe_two_tower
 from mvke_tf.models.multi_task import MultiTaskModel, with_uncertainty
 from mvke_tf.models.mvke import build_mvke
 from mvke_tf.models.ple import build_cgc, build_ple
 from mvke_tf.models.shared_bottom import build_hard_sharing, build_shared_bottom, build_single_task
+from mvke_tf.models.stem import build_stem
 from mvke_tf.models.two_tower import TwoTowerModel, build_two_tower
 from mvke_tf.schema import Schema
 
@@ -24,16 +26,19 @@ MODELS: dict[str, Callable[[Schema, ModelConfig | None], TwoTowerModel]] = {
     "mmoe": build_mmoe_two_tower,
     "cgc": build_cgc,
     "ple": build_ple,
+    "stem": build_stem,
+    "aitm": build_aitm,
+    "resflow": build_resflow,
     "shared_bottom": build_shared_bottom,
     "hard_sharing": build_hard_sharing,
     "single_task": build_single_task,
 }
 
 # Settings of a model that not every model reads, and those that do.
-MIXTURES = ("mvke", "mmoe", "cgc", "ple")
+MIXTURES = ("mvke", "mmoe", "cgc", "ple", "stem")
 READERS = {
     "num_virtual_kernels": ("mvke",),
-    "num_experts": ("mmoe", "cgc", "ple"),
+    "num_experts": ("mmoe", "cgc", "ple", "stem"),
     "num_levels": ("ple",),
     "task_kernels": ("mvke",),
     "task_experts": ("mmoe", "cgc"),
@@ -51,6 +56,7 @@ __all__ = [
     "DenseMMoE",
     "MultiTaskModel",
     "TwoTowerModel",
+    "build_aitm",
     "build_cgc",
     "build_hard_sharing",
     "build_mmoe",
@@ -59,8 +65,10 @@ __all__ = [
     "build_model",
     "build_mvke",
     "build_ple",
+    "build_resflow",
     "build_shared_bottom",
     "build_single_task",
+    "build_stem",
     "build_two_tower",
     "check_model",
     "load_model",

@@ -331,7 +331,7 @@ def _conditional(task: str, given: str) -> str:
 
 
 def build_two_tower(
-    schema: Schema, config: ModelConfig | None, towers: Towers, name: str = "two_tower"
+    schema: Schema, config: ModelConfig | None, towers: Towers, name: str = "two_tower", embeddings: int = 1
 ) -> TwoTowerModel:
     """A model from a function that builds its two towers.
 
@@ -341,6 +341,7 @@ def build_two_tower(
         towers: From user fields `(B, F, D)`, item fields `(B, F', D)`, tasks and config to the vectors of users and
             those of items, `{task: (B, W_task)}` each.
         name: Name of the model.
+        embeddings: Embeddings of width D that every field has, side by side.
 
     Raises:
         ValueError: If a tower reads features of the other side.
@@ -348,7 +349,7 @@ def build_two_tower(
     config = dataclasses.replace(config or ModelConfig(), name=name)
     tasks = with_ranges(schema.tasks, config)
     inputs = feature_inputs(schema.features)
-    fields = embed_fields(schema, config, inputs)
+    fields = embed_fields(schema, dataclasses.replace(config, embedding_dim=config.embedding_dim * embeddings), inputs)
     user_vectors, item_vectors = towers(fields["user"], fields["item"], tasks, config)
     model = TwoTowerModel(inputs, score(user_vectors, item_vectors, tasks), name=name)
     both = sorted(set(model.user_tower.input) & set(model.item_tower.input))

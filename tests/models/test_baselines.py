@@ -26,7 +26,7 @@ from tests.models.problems import (
 )
 
 BASELINES = sorted(set(MODELS) - {"mvke"})
-MIXTURES = ("cgc", "mmoe", "ple")
+MIXTURES = ("cgc", "mmoe", "ple", "stem")
 
 
 def build(name, schema=SCHEMA, **settings):
@@ -49,7 +49,9 @@ def test_logits_are_inner_products_of_the_towers_before_and_after_saving(name, t
         for side, part in zip(("user", "item"), pairs, strict=True)
     ]
     for task, logit in logits.items():
-        assert vectors[0][task].shape == (len(logit), CONFIG.embedding_dim)
+        # ResFlow's second task has the vectors of the first beside its own.
+        width = CONFIG.embedding_dim * (2 if (name, task) == ("resflow", "cvr") else 1)
+        assert vectors[0][task].shape == (len(logit), width)
         assert_close(np.sum(vectors[0][task] * vectors[1][task], axis=1, keepdims=True), logit)
 
 
@@ -57,14 +59,14 @@ def test_logits_are_inner_products_of_the_towers_before_and_after_saving(name, t
 def test_gates_sum_to_one_over_the_experts_seen(name):
     gates = build(name).gates
     assert set(gates.input) == set(USERS)
-    seen = {"mmoe": 5, "cgc": 4, "ple": 4}[name]
+    seen = {"mmoe": 5, "cgc": 4, "ple": 4, "stem": 5}[name]
     for weights in numpy_outputs(gates, USERS).values():
         assert weights.shape == (4, seen)
         assert_close(weights.sum(axis=1), np.ones(4))
         assert weights.std() > 0.01
 
 
-@pytest.mark.parametrize("name", ["hard_sharing", "shared_bottom", "single_task"])
+@pytest.mark.parametrize("name", ["hard_sharing", "shared_bottom", "single_task", "aitm", "resflow"])
 def test_models_without_gates(name):
     model = build(name)
     assert model.gates is None and model.gate_side is None and model.expert_outputs is None
@@ -163,7 +165,7 @@ def test_cgc_experts(num_tasks, num_experts, expected):
     assert cgc_experts(num_tasks, num_experts) == expected
 
 
-@pytest.mark.parametrize("name", ["mmoe", "cgc", "ple", "shared_bottom", "hard_sharing"])
+@pytest.mark.parametrize("name", ["mmoe", "cgc", "ple", "stem", "aitm", "resflow", "shared_bottom", "hard_sharing"])
 def test_three_tasks(name):
     model = build(name, SCHEMA.with_tasks([Task("a"), Task("b"), Task("c")]))
     assert list(numpy_outputs(model, PAIRS)) == ["a", "b", "c"]
@@ -174,7 +176,7 @@ def test_three_tasks(name):
     [
         ("cgc", {"num_experts": 2}, "at least one expert per task and one shared, 3 in all"),
         ("shared_bottom", {"hidden_dims": ()}, "needs at least one"),
-        ("mvk", {}, r"Expected one of \['cgc', .*'single_task'\]. Received: 'mvk'"),
+        ("mvk", {}, r"Expected one of \['aitm', .*'stem'\]. Received: 'mvk'"),
     ],
 )
 def test_errors(name, settings, message):
