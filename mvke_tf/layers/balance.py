@@ -103,9 +103,11 @@ class TaskBalance(keras.layers.Layer):
             return weights
         # A copy: the state changes below.
         weights = self.weights_of_tasks * 1.0
-        self.first_losses.assign(ops.where(self.first_losses < 0, losses, self.first_losses))
+        first = self.first_losses * 1.0
+        first = ops.where(first < 0, ops.cast(losses, "float32"), first)
+        self.first_losses.assign(first)
         norms = ops.sqrt(ops.diagonal(products))
-        left = losses / ops.maximum(self.first_losses, 1e-12)
+        left = losses / ops.maximum(first, 1e-12)
         target = ops.mean(weights * norms) * (left / ops.mean(left)) ** self.ALPHA
         # |G_t - target_t| by w_t, where the target is a constant.
         changed = ops.maximum(weights - self.RATE * ops.sign(weights * norms - target) * norms, 1e-3)
