@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from google.protobuf import text_format
-from tensorboard.plugins.hparams import api_pb2
-from tensorboard.plugins.hparams.api import hparams_pb
-from tensorboard.plugins.hparams.summary import session_end_pb
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.projector import ProjectorConfig
 from tensorboard.plugins.projector.metadata import PROJECTOR_FILENAME
 
@@ -51,7 +52,7 @@ def write_best(
         events = EventFolder(temporary)
         events.add(hparams_pb(hyperparameters(config), trial_id=name), 0)
         events.scalars({f"result/{name}": value for name, value in metrics.items()}, epoch)
-        events.add(session_end_pb(api_pb2.STATUS_SUCCESS), 0)
+        events.add(_session_end(), 0)
         events.close()
         if prepared.has_items:
             _write_projector(temporary, model, prepared)
@@ -125,3 +126,11 @@ def hyperparameters(config: RunConfig) -> dict[str, bool | float | str]:
     return {
         name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value for name, value in shown.items()
     }
+
+
+def _session_end() -> Summary:
+    """As TensorBoard's `session_end_pb`, whose module imports TensorFlow."""
+    info = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
+    about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info))
+    value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=about, tensor=metadata.NULL_TENSOR)
+    return Summary(value=[value])
