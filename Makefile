@@ -1,5 +1,6 @@
 # make train        from nothing to a trained, evaluated and exported model; MODEL, EPOCHS, BATCH_SIZE, SEED, RUN, ARGS
 # make test         lint and all tests
+# make chaos        kills, full disks, two writers and damaged files at random: CHAOS_MINUTES (60), CHAOS_SEED
 # make browser      Debian's Chromium, in which a test looks at the page of scripts/analyze.py
 # make notebooks    execute the notebooks in full and write them back
 # make data         obtain and prepare MovieLens-100K
@@ -24,11 +25,12 @@ SEED ?= 0
 RUN ?= $(MODEL)-$(shell date +%Y%m%d-%H%M%S)
 RUN := $(RUN)
 ARGS ?=
+CHAOS_MINUTES ?= 60
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help setup lock audit data train test lint format notebooks tensorboard browser clean
+.PHONY: help setup lock audit data train test chaos lint format notebooks tensorboard browser clean
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
@@ -74,6 +76,9 @@ format: setup
 # In the order of their names: the files with few tests are the longest, and would be left for the end.
 test: lint browser
 	$(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+chaos: setup
+	$(PY) -m tests.chaos.campaign --minutes $(CHAOS_MINUTES) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
 
 # The one thing that pip does not have. The test itself installs nothing and says what is missing.
 browser:

@@ -45,10 +45,12 @@ def main() -> None:
     parser.add_argument("--clients", type=positive_int, default=50, help="at a time (default: 50)")
     parser.add_argument("--seconds", type=positive_int, default=30, help="how long (default: 30)")
     parser.add_argument("--items", type=positive_int, default=100, help="items of a request (default: 100)")
+    parser.add_argument("--batch_ms", type=float, default=0.0, help="of the server (default: 0)")
     args = parser.parse_args()
 
     code = "import sys; from mvke_tf.cli import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "serve", str(args.export_path.resolve()), "--port", "0"]
+    command += ["--batch_ms", str(args.batch_ms)]
     repository = Path(__file__).resolve().parents[1]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=repository)
     try:
@@ -81,6 +83,7 @@ def main() -> None:
                 "signature": signature,
                 "items": args.items,
                 "clients": args.clients,
+                "batch_ms": args.batch_ms,
                 "seconds": args.seconds,
                 "server_exit_status": status,
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores",

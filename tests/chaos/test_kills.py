@@ -20,11 +20,11 @@ def workshop(tmp_path_factory):
 
 # How often what is done to which command.
 SAMPLE = {
-    "kill": {"prepare": 8, "train": 2, "export": 1, "profile": 6},
-    "full_disk": {"prepare": 3, "export": 1, "profile": 2, "train": 1},
+    "kill": {"prepare": 8, "train": 1, "export": 1, "profile": 4},
+    "full_disk": {"prepare": 2, "profile": 1},
     "read_only": {"prepare": 1, "profile": 1},
-    "two_writers": {"prepare": 2, "profile": 2, "export": 1},
-    "damage": {"": 12},
+    "two_writers": {"prepare": 2, "profile": 1},
+    "damage": {"": 8},
 }
 
 
