@@ -18,6 +18,9 @@ T = TypeVar("T", bound="DataclassInstance")
 
 # Version of the settings file of a run.
 FORMAT = 2
+# Of signatures.json in an export. 3: checksums of files, rows that do not depend on each other; 2: costs of signatures;
+# `item_names` where 1, which had no number, had `titles`. All are read.
+EXPORT_FORMAT = 3
 
 OBJECTIVES = ("joint", "conditional", "marginal")
 OPTIMIZERS = ("adam", "adamw")

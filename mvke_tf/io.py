@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -97,6 +98,15 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
     with np.load(path) as file:
         return {name: file[name] for name in file.files}
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder and those below, in hexadecimal, by its path relative to the folder."""
+    found = {}
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 # With these a spreadsheet begins a formula.

@@ -9,9 +9,10 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
+from mvke_tf.config import EXPORT_FORMAT
 from mvke_tf.data.encoder import Encoder
 from mvke_tf.errors import ConfigError
-from mvke_tf.io import atomic_write, write_json
+from mvke_tf.io import atomic_write, checksums, write_json
 from mvke_tf.models import TwoTowerModel
 from mvke_tf.run import Run
 from mvke_tf.serving import client
@@ -22,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 SIGNATURES_FILE = "signatures.json"
 CLIENT_FILE = "client.py"
-# Of signatures.json. 2: costs of signatures; `item_names` where 1, which had no number, had `titles`.
-FORMAT = 2
 
 
 def export_saved_model(
@@ -61,7 +60,7 @@ def export_saved_model(
     serving = ServingModule(model, encoder, catalogue)
     signatures = serving.signatures()
     described = {
-        "format": FORMAT,
+        "format": EXPORT_FORMAT,
         "model": model.name,
         "tasks": serving.describe_tasks(),
         "catalogue": serving.describe_catalogue(),
@@ -75,8 +74,8 @@ def export_saved_model(
         try:
             with atomic_write(target, replace=False) as temporary:
                 tf.saved_model.save(serving, str(temporary), signatures=concrete)
-                write_json(temporary / SIGNATURES_FILE, described)
                 shutil.copyfile(client.__file__, temporary / CLIENT_FILE)
+                write_json(temporary / SIGNATURES_FILE, {**described, "files": checksums(temporary)})
                 _check_free(path, version)
         except OSError:
             # Another export may have taken the number meanwhile.

@@ -246,8 +246,9 @@ def _main() -> None:
     os.dup2(2, 1)
     # All that the commands import, and nothing that starts a thread, which a fork would lose.
     import mvke_tf.data.preparation
-    import mvke_tf.serving
+    import mvke_tf.serving.export
     import mvke_tf.serving.profiles
+    import mvke_tf.serving.rest.model
     import mvke_tf.training  # noqa: F401
 
     for line in sys.stdin:

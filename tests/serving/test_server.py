@@ -225,6 +225,24 @@ def test_descriptions_are_taken_where_there_are_any(toy_export, tmp_path, text, 
         ServedModel(folder)
 
 
+def test_every_file_of_an_export_is_checked(exported, tmp_path):
+    """A bit of the graph or of a description may be as valid as the one before."""
+    for name in json.loads((exported / DESCRIPTIONS_FILE).read_text())["files"]:
+        folder = Path(shutil.copytree(exported, tmp_path / name.replace("/", "_")))
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{re.escape(str(folder / name))} is damaged: .*mvke export"):
+            ServedModel(folder)
+
+
+def test_an_export_of_a_newer_version_is_refused(toy_export, tmp_path):
+    folder = Path(shutil.copytree(toy_export / "7", tmp_path / "7"))
+    (folder / DESCRIPTIONS_FILE).write_text('{"format": 9, "signatures": {}}')
+    with pytest.raises(DataError, match=r"newer version of mvke_tf. Update mvke_tf.* Received: 9"):
+        ServedModel(folder)
+
+
 def test_a_newer_version_takes_over_and_a_corrupt_one_does_not(toy_export, tmp_path, caplog):
     caplog.set_level("INFO", logger="mvke_tf.serving.rest.server")
     shutil.copytree(toy_export / "7", tmp_path / "7")

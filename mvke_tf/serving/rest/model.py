@@ -14,8 +14,9 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
+from mvke_tf.config import EXPORT_FORMAT
 from mvke_tf.errors import DataError
-from mvke_tf.io import read_json
+from mvke_tf.io import checksums, read_json
 from mvke_tf.serving.rest.protocol import DEFAULT_SIGNATURE, InputSpec, RequestError, check_sizes
 
 DESCRIPTIONS_FILE = "signatures.json"
@@ -105,6 +106,7 @@ class ServedModel:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.version = int(self.folder.name) if self.folder.name.isdecimal() else 1
+        described = self._described()
         try:
             # Kept: the functions stop working when the object that owns their variables is gone.
             self._loaded = tf.saved_model.load(str(self.folder))
@@ -115,7 +117,7 @@ class ServedModel:
         self._functions = dict(self._loaded.signatures)
         if not self._functions:
             raise DataError(f"Expected a SavedModel with signatures. Received: {self.folder}, which has none")
-        described = self._descriptions()
+        described = _entry(described, "signatures") or described
         self.descriptions = {name: _text(_entry(described, name)) for name in sorted(self._functions)}
         self._inputs = {
             name: _input_specs(function, _entry(_entry(described, name), "inputs"))
@@ -124,13 +126,32 @@ class ServedModel:
         self._by_row = {name for name in self._functions if _entry(described, name).get("by_row") is True}
         self._costs = {name: Cost.from_dict(_entry(_entry(described, name), "cost")) for name in self._functions}
 
-    def _descriptions(self) -> dict[str, Any]:
+    def _described(self) -> dict[str, Any]:
+        """What `signatures.json` says, if there is one.
+
+        Raises:
+            DataError: If a newer version has written it, or another file of the export is not as it was written.
+        """
         path = self.folder / DESCRIPTIONS_FILE
         if not path.is_file():
             return {}
         described = read_json(path)
         described = described if isinstance(described, dict) else {}
-        return _entry(described, "signatures") or described
+        written = described.get("format")
+        if type(written) is int and written > EXPORT_FORMAT:
+            raise DataError(
+                f"{path} was written by a newer version of mvke_tf. Update mvke_tf, or export the run again with this "
+                f"one: mvke export. Expected: format {EXPORT_FORMAT} or less. Received: {written}"
+            )
+        files = _entry(described, "files")
+        found = checksums(self.folder) if files else {}
+        damaged = [name for name, checksum in files.items() if found.get(name) != checksum]
+        if damaged:
+            raise DataError(
+                f"{self.folder / damaged[0]} is damaged: it is not what {DESCRIPTIONS_FILE} says. Export the run "
+                "again: mvke export."
+            )
+        return described
 
     @property
     def default_signature(self) -> str:
