@@ -75,7 +75,10 @@ def export_saved_model(
             with atomic_write(target, replace=False) as temporary:
                 tf.saved_model.save(serving, str(temporary), signatures=concrete)
                 shutil.copyfile(client.__file__, temporary / CLIENT_FILE)
-                write_json(temporary / SIGNATURES_FILE, {**described, "files": checksums(temporary)})
+                files = checksums(temporary)
+                # A random number: equal models have equal descriptions without it.
+                files.pop("fingerprint.pb", None)
+                write_json(temporary / SIGNATURES_FILE, {**described, "files": files})
                 _check_free(path, version)
         except OSError:
             # Another export may have taken the number meanwhile.
