@@ -29,7 +29,10 @@ def test_signatures_json_describes_the_signatures(run, exported, signatures):
             for field, spec in specs.items():
                 shape = [-1 if size is None else size for size in spec.shape]
                 assert (fields[field]["dtype"], fields[field]["shape"]) == (spec.dtype.name, shape), (name, field)
-    assert (described["format"], described["model"]) == (2, "mvke")
+    assert (described["format"], described["model"]) == (3, "mvke")
+    assert sorted(described["files"]) == [
+        *("client.py", "saved_model.pb", "variables/variables.data-00000-of-00001", "variables/variables.index")
+    ]
     assert described["catalogue"] == {"items": ITEMS, "id_dtype": "string", "padding_id": ""}
     assert described["tasks"]["buy"] == {"kind": "binary", "given": None, "prediction": "probability of buy"}
     assert described["signatures"]["recommend"]["cost"] == {
