@@ -34,7 +34,8 @@ def test_a_balanced_run_resumes_bit_identically(method, tiny_prepared, tmp_path,
     monkeypatch.setattr(Run, "save_state", save_and_copy)
     unbroken = train_run(Run.create(tmp_path / "unbroken", RunConfig(model, training), tiny_prepared))
     weights = np.array([[epoch[f"loss_weight_{task}"] for task in model.tasks] for epoch in unbroken.history])
-    assert (weights > 0).all() and (np.ptp(weights, axis=1) > 0).all()
+    # The last step of an epoch; where no gradients conflict, PCGrad's weights are 1.
+    assert (weights > 0).all() and np.ptp(weights, axis=1).max() > 0
     assert unbroken.history[1]["loss"] < unbroken.history[0]["loss"]
     resumed = train_run(interrupted)
     assert_same_state(state(unbroken.run), state(interrupted))
