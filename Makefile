@@ -1,7 +1,9 @@
 # make train        from nothing to a trained, evaluated and exported model; MODEL, EPOCHS, BATCH_SIZE, SEED, RUN, ARGS
 # make test         lint and all tests
+# make check        lint and the tests that are not slow: what to run between two thoughts
 # make chaos        kills, full disks, two writers and damaged files at random: CHAOS_MINUTES (60), CHAOS_SEED
 # make browser      Debian's Chromium, in which a test looks at the page of scripts/analyze.py
+# make bench        measure speed: the sections that bench/suite.json lacks; then docs/benchmarks.md
 # make notebooks    execute the notebooks in full and write them back
 # make data         obtain and prepare MovieLens-100K
 # make tensorboard  follow the runs
@@ -30,7 +32,7 @@ CHAOS_MINUTES ?= 60
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help setup lock audit data train test chaos lint format notebooks tensorboard browser clean
+.PHONY: help setup lock audit data train test check chaos lint format bench notebooks tensorboard browser clean
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
@@ -73,9 +75,14 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# In the order of their names: the files with few tests are the longest, and would be left for the end.
+# In the order of tests/conftest.py: the longest files first.
+PYTEST := $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
 test: lint browser
-	$(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m "not slow"
 
 chaos: setup
 	$(PY) -m tests.chaos.campaign --minutes $(CHAOS_MINUTES) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
@@ -84,6 +91,10 @@ chaos: setup
 browser:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
 		|| echo "warning: no chromium, and it could not be installed (as root: apt-get install chromium); its test will fail"
+
+bench: data
+	$(PY) benchmarks/suite.py
+	$(PY) benchmarks/suite.py --page docs/benchmarks.md
 
 notebooks: data
 	$(PY) scripts/run_notebooks.py
