@@ -1,5 +1,6 @@
 """Fixtures that several test folders share."""
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,23 @@ from mvke_tf.run import Run
 from tests.small import small_prepared
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# A worker takes whole files, in this order and then that of their names: what takes longest must not be left for last.
+LONGEST = (
+    *("test_backend_jax.py", "test_loop.py", "test_docs.py", "test_optimisation.py", "test_notebooks.py"),
+    *("test_kills.py", "test_wheel.py", "test_balancing.py", "test_tables.py", "test_tracking.py"),
+    *("test_saving.py", "test_compare.py", "test_server.py", "test_monitoring.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: every full collection of garbage would walk all of it, for half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,7 @@ def test_tensorflow_logs_little_unless_told_otherwise(before, after, monkeypatch
     assert seen == [after]
 
 
+@pytest.mark.slow
 def test_tensorflow_starts_silently():
     code = (
         "from mvke_tf.cli import import_tensorflow; import_tensorflow(); import tensorflow; print(tensorflow.__name__)"

@@ -60,6 +60,7 @@ def movie_tasks(tmp_path_factory):
     return PreparedDataset.load(folder)
 
 
+@pytest.mark.slow
 def test_the_front_page():
     names = run_snippet("random = np.random.default_rng(0)")
     predicted = {task: float(p[0, 0]) for task, p in names["model"].predictions(names["model"](names["pair"])).items()}
@@ -93,6 +94,7 @@ def test_models():
     assert names["more_tasks"].experts_of("buy") == (2, 3, 4)
 
 
+@pytest.mark.slow
 def test_three_tasks(movie_tasks):
     names = run_snippet('loss_weighting="uncertainty"', {"prepared": movie_tasks})
     assert set(names["report"]) == {"ctr", "cvr", "rating"}
@@ -101,6 +103,7 @@ def test_three_tasks(movie_tasks):
     assert first != second and abs(second) < 1
 
 
+@pytest.mark.slow
 def test_clicked_rows_with_weights_under_xla(movie_tasks, monkeypatch):
     # Another test may have made this process deterministic, in which there is no XLA.
     monkeypatch.setattr(tensorflow_config, "is_op_determinism_enabled", lambda: False)
@@ -128,6 +131,7 @@ def test_dense_mmoe():
     }
 
 
+@pytest.mark.slow
 def test_own_parts():
     names = run_snippet("class Bilinear")
     model, loaded, x = names["model"], names["loaded"], names["x"]
@@ -145,6 +149,7 @@ def test_synthetic_tasks():
     assert correlations[1.0] > 0.99
 
 
+@pytest.mark.slow
 def test_comparison(tiny_prepared):
     names = run_snippet('Comparison(Path("comparisons/small")', {"prepared": tiny_prepared})
     table = names["table"].set_index("model")
@@ -155,6 +160,7 @@ def test_comparison(tiny_prepared):
     assert table.loc["shared_bottom", "parameters"] == model.count_params()
 
 
+@pytest.mark.slow
 def test_search(tiny_prepared):
     (trial,) = run_snippet("trials = tune(", {"prepared": tiny_prepared})["trials"].itertuples()
     log = pd.read_csv("tuning/small/runs/trial-000/log.csv")
@@ -171,6 +177,7 @@ def mine(tiny_run, tmp_path):
     return Run(Path("runs/mine"))
 
 
+@pytest.mark.slow
 def test_analysis(mine, capsys):
     names = run_snippet("study = Study(run.load_model()")
     sums = names["by_country"].groupby(["task", "group"])["mean_weight"].sum()
@@ -183,6 +190,7 @@ def test_analysis(mine, capsys):
     assert "click" in output and "buy" in output
 
 
+@pytest.mark.slow
 def test_monitor_by_hand(mine):
     prepared, model = mine.prepared, mine.load_model()
     train, validation = (Batches(prepared.part(part), 64) for part in ("train", "validation"))
@@ -215,6 +223,7 @@ def movie_run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_serving(movie_run, monkeypatch, capsys):
     monkeypatch.chdir(movie_run)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -237,6 +246,7 @@ def test_serving(movie_run, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_profiles(movie_run, monkeypatch):
     monkeypatch.chdir(movie_run)
     names = run_snippet("profiler = Profiler(")
@@ -250,6 +260,7 @@ def test_profiles(movie_run, monkeypatch):
     assert profiles["probability"][0] == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_onnx(movie_run, monkeypatch):
     monkeypatch.chdir(movie_run)
     names = run_snippet("onnxruntime.InferenceSession(")
@@ -273,6 +284,7 @@ def mvke(*arguments: str) -> int:
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_the_tutorial_command_by_command(capsys, tmp_path):
     """From ads.csv to a served and profiled model: exactly the commands of the page, and the edits that it names."""
     page = PAGES[REPOSITORY / "docs" / "own_data.md"]
@@ -393,6 +405,7 @@ def test_every_snippet_is_run():
     assert [snippet for snippet in SNIPPETS if not any(text in snippet for text in texts)] == []
 
 
+@pytest.mark.slow
 def test_make_targets_that_the_pages_name_exist():
     for target in {target for page in PAGES.values() for target in re.findall(r"(?:`|^)make ([a-z]+)", page, re.M)}:
         done = subprocess.run(["make", "-n", target], cwd=REPOSITORY, capture_output=True, text=True)

@@ -11,6 +11,8 @@ import pytest
 from scripts.run_notebooks import METADATA, clean, execute
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = {path.stem: path for path in sorted(REPOSITORY.glob("notebooks/*.ipynb"))}
 MOST_BYTES = 200_000
 

@@ -167,6 +167,7 @@ def test_load_model_says_that_a_checkpoint_is_damaged(tiny_run):
         tiny_run.load_model()
 
 
+@pytest.mark.slow
 def test_a_run_with_uncertainty_weights_loads_in_a_new_process(tiny_prepared, tmp_path):
     config = RunConfig(
         ModelConfig(embedding_dim=4, hidden_dims=(4,)), TrainingConfig(loss_weighting="uncertainty", epochs=1)
@@ -228,6 +229,7 @@ def test_a_state_of_other_variables_is_an_error(tiny_run, model):
         tiny_run.restore_state(model)
 
 
+@pytest.mark.slow
 def test_one_process_trains_a_run(tiny_run):
     code = """
 import sys

@@ -32,6 +32,8 @@ from tests.models.problems import (
     randomize,
 )
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROW_COUNT = 7
 RANDOM = np.random.default_rng(0)

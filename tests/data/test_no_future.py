@@ -12,6 +12,8 @@ from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.preparation import prepare
 from mvke_tf.data.store import PreparedDataset
 
+pytestmark = pytest.mark.slow
+
 # The training part ends before this moment, and no changed row lies before it.
 TRAINING_END = 10
 LAST = 20

@@ -25,7 +25,10 @@ from tests.conftest import REPOSITORY
 from tests.small import small_prepared, small_toml
 
 # What the fixture `eager` costs.
-pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`"),
+]
 CONFIG = RunConfig(
     model=ModelConfig(embedding_dim=4, hidden_dims=(4,), embedding_stddev=1.0),
     training=TrainingConfig(epochs=1, batch_size=128),

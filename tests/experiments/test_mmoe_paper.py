@@ -23,6 +23,8 @@ from mvke_tf.experiments.mmoe_paper import (
 from mvke_tf.experiments.two_tasks import two_task_regression
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = REPOSITORY / "scripts" / "synthetic_experiment.py"
 TINY = ExperimentConfig(steps=20, points=2, test_rows=50, learning_rates=(0.1, 0.2), num_features=10)
 

@@ -18,7 +18,10 @@ from mvke_tf.experiments.tune import search_space, trial_config, tune
 from mvke_tf.run import Run
 from tests.small import small_prepared, small_toml
 
-pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`"),
+]
 BASE = RunConfig(
     model=ModelConfig(name="shared_bottom", embedding_stddev=1.0),
     training=TrainingConfig(epochs=1, batch_size=128, seed=3),

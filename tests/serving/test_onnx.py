@@ -23,6 +23,8 @@ from mvke_tf.schema import Feature, Schema, Task
 from mvke_tf.serving.onnx import OnnxError, _GatheredEmbedding, export_onnx
 from tests.serving.helpers import pair_rows
 
+pytestmark = pytest.mark.slow
+
 FEATURES = ("user", "recent_items", "mean_stars", "item", "tags", "price")
 SMALL = {"embedding_dim": 8, "hidden_dims": (8,), "virtual_kernel_stddev": 1.0, "embedding_stddev": 1.0}
 TWO_TASKS = (Task("click"), Task("buy"))

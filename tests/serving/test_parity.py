@@ -16,6 +16,8 @@ from mvke_tf.models import TwoTowerModel, build_model
 from mvke_tf.serving import Catalogue, export_saved_model
 from tests.serving.helpers import pair_rows, rows_of
 
+pytestmark = pytest.mark.slow
+
 ROWS, WIDTH = 1000, 3
 WORDS = tuple("abcdefghijklmnop")
 DECLARATION = {

@@ -6,6 +6,8 @@ import tensorflow as tf
 
 from tests.serving.helpers import assert_close, pair_rows, predicted
 
+pytestmark = pytest.mark.slow
+
 UNKNOWN = {
     "user": -5,
     "age": np.nan,

@@ -28,6 +28,8 @@ from mvke_tf.serving.rest.server import Watch, bind, newest_version, serve, url
 from tests.serving.helpers import pair_rows
 from tests.serving.rest_helpers import ANSWER, GOOD, Client, Stub, answer
 
+pytestmark = pytest.mark.slow
+
 HEAD = b"POST /v1/models/mvke:predict HTTP/1.1\r\nHost: localhost\r\n"
 
 

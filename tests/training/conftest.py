@@ -16,3 +16,13 @@ def new_run(tiny_prepared, tmp_path):
         return Run.create(tmp_path / "runs" / name, config, tiny_prepared)
 
     return make
+
+
+@pytest.fixture
+def eager():
+    """Building graphs is most of the time of a training of few steps. What resumes, and what is compiled, has them."""
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)

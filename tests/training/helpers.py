@@ -1,11 +1,20 @@
 """What several tests of training share."""
 
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 
 from mvke_tf.config import ModelConfig, TrainingConfig
 
 MODEL = ModelConfig(embedding_dim=8, hidden_dims=(8,), dropout_rate=0.3)
 TRAINING = TrainingConfig(epochs=3, batch_size=32, patience=0, seed=5)
+
+
+def eagerly(test: Callable) -> Callable:
+    """Marks a test that trains without building graphs; those of pipelines are built all the same."""
+    ignored = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`")
+    return pytest.mark.usefixtures("eager")(ignored(test))
 
 
 def state(run):

@@ -18,6 +18,8 @@ ROW_SPARSE = (
     "tests/training/test_tables.py::test_rows_that_are_not_touched_do_not_move_at_all[rowwise_adagrad]",
 )
 
+pytestmark = pytest.mark.slow
+
 
 def passes_under_jax(cache: Path, *paths: str) -> None:
     # XLA would optimise for longer than these small computations run, and compile again what another test did before.

@@ -15,6 +15,8 @@ from mvke_tf.training.loop import build_training_model
 from tests.small import small_schema
 from tests.training.helpers import MODEL, TRAINING, assert_same_history, assert_same_state, state
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("method", BALANCED)
 def test_a_balanced_run_resumes_bit_identically(method, tiny_prepared, tmp_path, monkeypatch):

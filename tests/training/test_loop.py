@@ -21,7 +21,9 @@ from mvke_tf.training import loop, train, train_run
 from mvke_tf.training.callbacks import EpochWatch, epoch_line
 from mvke_tf.training.loop import build_training_model, training_notes
 from tests.conftest import REPOSITORY
-from tests.training.helpers import MODEL, TRAINING, assert_same_history, assert_same_state, state
+from tests.training.helpers import MODEL, TRAINING, assert_same_history, assert_same_state, eagerly, state
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,7 @@ def test_resumed_run_is_bit_identical(new_run, trained, monkeypatch, deduplicate
     assert_same_history(resumed.history, unbroken.history)
 
 
+@eagerly
 def test_another_seed_gives_other_weights(new_run, trained):
     other = train_run(new_run("other", seed=6, epochs=1))
     assert abs(other.history[0]["loss"] - trained.history[0]["loss"]) > 1e-4
@@ -197,6 +200,7 @@ def test_a_run_that_another_process_trains_is_left_alone(new_run):
     assert not run.state_file.exists()
 
 
+@eagerly
 def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(new_run, trained):
     run = after_training(new_run("a", epochs=4, learning_rate=1e30), trained)
     with pytest.raises(TrainingError, match=r"epoch 4, step \d\. The best checkpoint so far, .*best\.keras, is kept"):
@@ -205,6 +209,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(new_run, trained
     np.testing.assert_equal(run.history(), trained.history)
 
 
+@eagerly
 def test_divergence_in_the_first_epoch_says_that_there_is_no_checkpoint(new_run):
     run = new_run("a", learning_rate=1e30, batch_size=8)
     with pytest.raises(TrainingError, match=r"epoch 1, step \d+\. No epoch had finished.*lower --learning_rate"):
@@ -212,6 +217,7 @@ def test_divergence_in_the_first_epoch_says_that_there_is_no_checkpoint(new_run)
     assert not run.checkpoint.exists()
 
 
+@eagerly
 def test_divergence_in_the_last_step_of_an_epoch_is_seen(new_run):
     run = new_run("a", learning_rate=1e30, batch_size=100_000)
     with pytest.raises(TrainingError, match=r"The validation loss became .* in epoch 1, after the last step"):
@@ -220,11 +226,12 @@ def test_divergence_in_the_last_step_of_an_epoch_is_seen(new_run):
     assert not run.state_file.exists()
 
 
+@eagerly
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"mvke"}))
 def test_every_model_trains_and_loads(new_run, tiny_prepared, name):
     tasks = tiny_prepared.task_names()[: 1 if name == "single_task" else None]
     model = dataclasses.replace(MODEL, name=name, tasks=tasks, num_experts=3, hidden_dims=(8, 4), embedding_stddev=1.0)
-    result = train_run(new_run(name, model, epochs=1))
+    result = train_run(new_run(name, model, epochs=1, batch_size=128))
     loaded = result.run.load_model()
     assert loaded.task_names == tasks
     assert loaded.name == name
@@ -340,6 +347,7 @@ def test_labels_outside_their_domain_are_refused(new_run, tiny_prepared, monkeyp
         train_run(new_run("labels"))
 
 
+@eagerly
 def test_a_task_of_one_class_in_validation_does_not_choose_the_best_epoch(new_run, tiny_prepared, monkeypatch, caplog):
     first, second, *_ = tiny_prepared.task_names()
 
@@ -375,6 +383,7 @@ def test_settings_without_effect_are_named():
     assert notes(dataclasses.replace(TRAINING, weight_decay=0.05, optimizer="adamw")) == []
 
 
+@eagerly
 def test_more_accumulation_than_batches_is_said(new_run, caplog):
     with caplog.at_level(logging.INFO, "mvke_tf"):
         train_run(new_run("few", epochs=1, batch_size=10_000, gradient_accumulation_steps=2))

@@ -32,6 +32,8 @@ from mvke_tf.training.monitoring.best import hyperparameters, shown_items
 from mvke_tf.training.monitoring.gates import ADVICE
 from tests.models.problems import CONFIG, ITEMS, ROWS, SCHEMA, USERS, labels, randomize
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(embedding_dim=8, hidden_dims=(8,), virtual_kernel_stddev=1.0, embedding_stddev=1.0)
 TRAINING = TrainingConfig(
     epochs=3,

@@ -15,7 +15,9 @@ from mvke_tf.schema import Task
 from mvke_tf.training.loop import build_optimizer, build_training_model, loss_weights, train_run
 from tests.layer_checks import assert_close
 from tests.models.problems import CONFIG, ITEMS, PAIRS, ROWS, SCHEMA, USERS, labels, numpy_outputs
-from tests.training.helpers import MODEL, assert_same_state, state
+from tests.training.helpers import MODEL, assert_same_state, eagerly, state
+
+pytestmark = pytest.mark.slow
 
 # Without the user whose list is empty: their zero vector has no direction, and its gradients are nothing but rounding.
 CHOSEN = [0, 2, 3, 4, 5, 0]
@@ -60,6 +62,7 @@ def assert_all_close(first, second, tolerance=1e-5):
         assert_close(ours, theirs, tolerance, floor=1e-6)
 
 
+@eagerly
 def test_two_accumulated_half_batches_equal_one_whole_batch():
     whole = gradients_after([slice(0, 6)])
     assert max(np.abs(gradient).max() for gradient in whole) > 1e-2
@@ -68,6 +71,7 @@ def test_two_accumulated_half_batches_equal_one_whole_batch():
     assert_all_close(weights_after(HALVES[:1], gradient_accumulation_steps=2), weights_after([]))
 
 
+@eagerly
 def test_adamw_decays_the_weights():
     start, adam, adamw = (
         weights_after([slice(0, 6)] * steps, learning_rate=0.1, optimizer=optimizer, weight_decay=0.01)
@@ -76,6 +80,7 @@ def test_adamw_decays_the_weights():
     assert_all_close(adamw, [new - 0.1 * 0.01 * old for new, old in zip(adam, start, strict=True)])
 
 
+@eagerly
 def test_adamw_leaves_the_log_variances_alone():
     decayed = []
     for weight_decay in (0.0, 0.5):
@@ -114,6 +119,7 @@ def test_step_decay(steps):
     assert rates == pytest.approx([1.0, 1.0, 0.8, 0.8, 0.64])
 
 
+@eagerly
 def test_gradients_are_clipped_by_their_global_norm():
     def gradient_norm(**settings):
         return np.sqrt(sum(np.sum(np.square(gradient)) for gradient in gradients_after([slice(0, 6)], **settings)))
@@ -176,6 +182,7 @@ def test_steps_per_execution_trains_the_same_in_fewer_calls():
     assert_all_close(weights[1], weights[0])
 
 
+@eagerly
 def test_task_weights():
     model = build(task_weights=(2.0, 0.5), deduplicate=False)[1]
     logs = model.evaluate(SIX, LABELS, return_dict=True, verbose=0)

@@ -18,6 +18,8 @@ from mvke_tf.training.memory import TableMemory, check_memory, describe_memory, 
 from tests.layer_checks import assert_close
 from tests.training.helpers import assert_same_state, state
 
+pytestmark = pytest.mark.slow
+
 # Batches of 8 pairs: every user once in each, or some of them; the table of items, which two features share, has fewer
 # rows than a batch looks up, and is then updated as a whole.
 ROWS = 8

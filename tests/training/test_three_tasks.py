@@ -15,6 +15,8 @@ from mvke_tf.serving import export_run
 from mvke_tf.training import train_run
 from tests.training.helpers import MODEL, TRAINING
 
+pytestmark = pytest.mark.slow
+
 TASKS = ("click", "buy", "stars")
 
 

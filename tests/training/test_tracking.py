@@ -9,6 +9,8 @@ from mlflow.tracking import MlflowClient
 from mvke_tf.errors import ConfigError, MissingExtraError, TrainingError
 from mvke_tf.training import train, train_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def client(tmp_path, monkeypatch):
