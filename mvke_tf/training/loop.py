@@ -245,9 +245,6 @@ class _Training:
         history, progress = run.restore_state(model), run.progress()
         start = progress.step if progress else 0
         if start:
-            # The metrics of `fit` come into being with their first batch, and are to go on from their sums.
-            inputs, labels, *sample_weights = next(self.batches.arrays(config.seed, len(history), start))
-            model.compute_loss(inputs, labels, model(inputs), *sample_weights)
             LOGGER.info("Continuing %s after batch %s of epoch %d.", run.folder, f"{start:,}", len(history) + 1)
         elif history:
             LOGGER.info("Continuing %s after epoch %d.", run.folder, len(history))
@@ -436,12 +433,21 @@ def compile_model(
         steps_per_execution=config.steps_per_execution,
         jit_compile=True if config.xla else "auto" if keras.backend.backend() == "jax" else False,
     )
-    model.optimizer.build(model.trainable_variables)
+    make_step_variables(model)
     if config.xla and not model.jit_compile:
         raise ConfigError(
             "XLA cannot compile this training: an earlier one of this process has switched determinism on, which "
             "cannot be undone, or a layer does not allow it. Train in a new process. Received: xla=True"
         )
+
+
+def make_step_variables(model: keras.Model) -> None:
+    """Makes the variables of the optimizer and of the losses: TensorFlow traces a step twice that makes its own."""
+    model.optimizer.build(model.trainable_variables)
+    labels = {name: keras.ops.zeros((1, 1)) for name in model.output}
+    outputs = {name: keras.ops.zeros((1, *output.shape[1:])) for name, output in model.output.items()}
+    model.compute_loss(y=labels, y_pred=outputs)
+    model.reset_metrics()
 
 
 def build_optimizer(

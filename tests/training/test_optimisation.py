@@ -182,6 +182,21 @@ def test_steps_per_execution_trains_the_same_in_fewer_calls():
     assert_all_close(weights[1], weights[0])
 
 
+def test_a_step_is_traced_once(monkeypatch):
+    """Variables of the optimizer and of the losses, made on the way, once made it trace all of it again."""
+    model = build(deduplicate=False)[1]
+    traced, apply = [], type(model.optimizer).apply
+
+    def counted(self, *arguments):
+        traced.append(len(arguments[0]))
+        return apply(self, *arguments)
+
+    monkeypatch.setattr(type(model.optimizer), "apply", counted)
+    for _ in range(2):
+        model.train_on_batch(SIX, LABELS)
+    assert traced == [len(model.trainable_variables)]
+
+
 @eagerly
 def test_task_weights():
     model = build(task_weights=(2.0, 0.5), deduplicate=False)[1]
