@@ -905,7 +905,7 @@ def _check_compare(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def _compare(args: argparse.Namespace) -> None:
     """Trains several models with several seeds on the same data and writes one table."""
-    require_extra("compare", "matplotlib", "pandas", "scipy")
+    require_extra("compare", "matplotlib", "pandas")
     files = dict(args.configs)
     configs = {model: read_settings(args, files.get(model, args.config)) for model in dict.fromkeys(args.models)}
     import_tensorflow()

@@ -289,7 +289,7 @@ def test_of_many_items_those_with_the_most_training_rows_are_shown(tiny_prepared
 
 def test_monitoring_does_not_change_the_training(finished, make_run, monkeypatch):
     class Nothing(keras.callbacks.Callback):
-        def __init__(self, *arguments):
+        def __init__(self, *arguments, **named):
             super().__init__()
 
         def close(self):
