@@ -265,7 +265,7 @@ def test_the_lock_of_a_dead_process_counts_for_nothing_and_that_of_another_host_
 
 def test_the_lock_clears_away_what_a_dead_process_left(tiny_run):
     for folder in (tiny_run.folder.parent, tiny_run.folder, tiny_run.logs):
-        (folder / f".writing-999999999-{socket.gethostname()}-abc").mkdir(parents=True)
+        (folder / f".writing-999999999-{socket.gethostname().replace('-', '_')}-abc").mkdir(parents=True)
     with tiny_run.lock():
         assert not list(tiny_run.folder.parent.rglob(".writing-*"))
 

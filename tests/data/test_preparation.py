@@ -829,7 +829,7 @@ def test_a_group_that_cannot_be_made_fails_before_anything_is_written(tmp_path):
 
 def test_what_killed_processes_left_is_removed(tmp_path):
     data = tmp_path / "data"
-    gone = f".writing-{2**22 + 1}-{socket.gethostname()}-abc"
+    gone = f".writing-{2**22 + 1}-{socket.gethostname().replace('-', '_')}-abc"
     folders = [data / "prepared" / gone, data / "tables" / "shop" / gone]
     kept = data / "prepared" / f".writing-{os.getpid()}-abc"
     for folder in (*folders, kept):
