@@ -18,6 +18,11 @@ USER_ROWS, ITEM_ROWS = "user_rows", "item_rows"
 CONSTANT_ITEM = "constant_item"
 
 
+def summary_names(name: str) -> tuple[str, str]:
+    """Names of the numbers derived from a list with weights: its mean weight and its length."""
+    return name + "_mean_weight", name + "_length"
+
+
 @dataclasses.dataclass(frozen=True)
 class Feature:
     """One encoded field of one tower: indices into an embedding table, or a dense vector.

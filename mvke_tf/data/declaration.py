@@ -35,7 +35,16 @@ from mvke_tf.data.values import (
     words,
 )
 from mvke_tf.errors import DeclarationError
-from mvke_tf.schema import CONSTANT_ITEM, ITEM_ROWS, TASK_KINDS, TOWERS, TRANSFORMS, USER_ROWS, WEIGHTS_SUFFIX
+from mvke_tf.schema import (
+    CONSTANT_ITEM,
+    ITEM_ROWS,
+    TASK_KINDS,
+    TOWERS,
+    TRANSFORMS,
+    USER_ROWS,
+    WEIGHTS_SUFFIX,
+    summary_names,
+)
 
 FORMAT = 1
 ENCODINGS = ("vocabulary", "hash", "buckets", "integer", "number", "vector")
@@ -399,6 +408,8 @@ class FeatureDeclaration:
         keep: Which values of a longer list are kept: `"first"`, `"last"` or `"heaviest"`.
         weights: Column of the weights of a list, of its lengths; 1 each by default.
         weighted: CSV only: the cells hold the weights (`weight_separator`).
+        summary: Lists with weights: whether the model also reads the numbers `<name>_mean_weight` and `<name>_length`.
+            (The embedding of the list is a weighted mean, from which the level of the weights cancels.)
         min_count: Vocabulary: values in fewer rows of the training part are unknown.
         max_size: Vocabulary: only the most frequent values; 0 for all.
         values: Vocabulary: this fixed list instead.
@@ -429,6 +440,7 @@ class FeatureDeclaration:
     keep: str = "first"
     weights: Column | None = None
     weighted: bool = False
+    summary: bool = True
     min_count: int = 1
     max_size: int = 0
     values: tuple[Any, ...] = ()
@@ -557,6 +569,12 @@ class FeatureDeclaration:
                     f"`{key}` is for lists: `length`, the number of slots, must be at least 2. "
                     f"Received: {short(getattr(self, key))} and length = 1",
                 )
+        if not self.summary and not self.has_weights:
+            raise WrongValueError(
+                place,
+                "`summary` is for lists with weights (`weights`, `weighted`, history.weights or history.counts). "
+                "Received: false",
+            )
         if self.weights and self.weighted:
             raise WrongValueError(
                 place, "either `weights` (a column) or `weighted` (in the cells) may be given. Received: both"
@@ -640,6 +658,12 @@ class FeatureDeclaration:
         return self.length > 1
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the values of the list have weights of their own; else each has weight 1."""
+        history = self.history
+        return self.weighted or self.weights is not None or bool(history and (history.counts or history.weights))
+
+    @property
     def owns_vocabulary(self) -> bool:
         """Whether it has an embedding table that another feature may share by `embedding`."""
         return self.encode in ("vocabulary", "hash", "integer")
@@ -647,7 +671,8 @@ class FeatureDeclaration:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the model inputs that carry this feature."""
-        return (self.name, self.name + WEIGHTS_SUFFIX) if self.is_list else (self.name,)
+        names = (self.name, self.name + WEIGHTS_SUFFIX) if self.is_list else (self.name,)
+        return (*names, *summary_names(self.name)) if self.has_weights and self.summary else names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1012,7 +1037,12 @@ class Dataset:
         ):
             for name in names:
                 if name in owners:
-                    weights = " (the weights of a list are an input, too)" if name.endswith(WEIGHTS_SUFFIX) else ""
+                    weights = ""
+                    if name.endswith((WEIGHTS_SUFFIX, *summary_names(""))):
+                        weights = (
+                            " (the weights of a list are an input, too, and its mean weight and length unless it has "
+                            "`summary = false`)"
+                        )
                     raise WrongValueError(
                         place,
                         f"features and tasks need different names{weights}. Received twice: {name!r}, "

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -19,7 +19,7 @@ import polars as pl
 
 from mvke_tf.data.declaration import DEFAULT_BINS, ENCODINGS, KEEP, SCALINGS
 from mvke_tf.errors import DataError, DeclarationError
-from mvke_tf.schema import CONSTANT_ITEM, TOWERS, WEIGHTS_SUFFIX, Feature
+from mvke_tf.schema import CONSTANT_ITEM, TOWERS, WEIGHTS_SUFFIX, Feature, summary_names
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -61,6 +61,7 @@ class EncodedFeature:
         length: Slots of a list; 1 of a single value.
         keep: Which values of a longer list are kept, `"first"`, `"last"` or `"heaviest"`; they stay in their order.
         weighted: Whether the values of the list have weights of their own; else each has weight 1.
+        summary: Whether the mean weight and the length of the list are encoded, too; see `summaries`.
         embedding: Name of the feature whose vocabulary and embedding table serve this one.
         bins: Hash and integer: number of indices. Buckets and piecewise numbers: most bins.
         out_of_vocabulary_bins: Vocabulary: values outside it are hashed into so many more indices.
@@ -89,6 +90,7 @@ class EncodedFeature:
     length: int = 1
     keep: str = "first"
     weighted: bool = False
+    summary: bool = False
     embedding: str | None = None
     bins: int = 0
     out_of_vocabulary_bins: int = 0
@@ -145,6 +147,19 @@ class EncodedFeature:
         return self.length > 1
 
     @property
+    def summaries(self) -> tuple[EncodedFeature, ...]:
+        """Mean weight and length of the list as numbers, which have no raw columns of their own.
+
+        The list's embedding is a weighted mean, from which the level of its weights cancels.
+        """
+        if not self.summary:
+            return ()
+        return tuple(
+            EncodedFeature(name, self.tower, "number", "number", scaling="piecewise", context=self.context)
+            for name in summary_names(self.name)
+        )
+
+    @property
     def table(self) -> str:
         """Name of the feature that owns vocabulary, bounds and embedding table."""
         return self.embedding or self.name
@@ -173,7 +188,6 @@ class EncodedFeature:
         owner = dataset.owner(feature)
         if owner.encode is None:
             raise ValueError(f"Feature {owner.name!r} has neither an encoding nor another feature's embedding.")
-        history = feature.history
         return cls(
             name=feature.name,
             tower=feature.tower,
@@ -181,7 +195,8 @@ class EncodedFeature:
             raw=raw_kind,
             length=feature.length,
             keep=feature.keep,
-            weighted=feature.weighted or bool(feature.weights or (history and (history.counts or history.weights))),
+            weighted=feature.has_weights,
+            summary=feature.has_weights and feature.summary,
             embedding=None if owner.name == feature.name else owner.name,
             bins=owner.bins,
             out_of_vocabulary_bins=owner.out_of_vocabulary_bins,
@@ -299,7 +314,7 @@ class Encoder:
         self.features = tuple(features)
         self._by_name = {feature.name: feature for feature in self.features}
         self.state = {name: list(values) for name, values in state.items()}
-        _check_state(self.features, self.state)
+        _check_state(tuple(feature for feature, _ in _with_summaries(self.features)), self.state)
 
     @functools.cached_property
     def layers(self) -> dict[str, keras.layers.Layer]:
@@ -332,7 +347,7 @@ class Encoder:
         """
         features = tuple(features)
         state: dict[str, list] = {}
-        for feature in features:
+        for feature, listed in _with_summaries(features):
             if feature.embedding is not None or not _has_state(feature):
                 continue
             chosen = np.asarray(rows[feature.tower])
@@ -342,7 +357,7 @@ class Encoder:
                 dtype = np.float32 if feature.encode == "number" else np.float64
                 state[feature.name] = np.unique(np.asarray(feature.boundaries, dtype)).tolist()
             else:
-                values, entity = _flat_values(feature, tables[feature.tower], chosen)
+                values, entity = _flat_values(feature, tables[feature.tower], chosen, listed)
                 if feature.encode == "vocabulary":
                     count = np.ones(len(chosen), np.int64) if counts is None else counts[feature.tower][chosen]
                     state[feature.name] = _vocabulary(feature, values, entity, np.asarray(count))
@@ -381,7 +396,7 @@ class Encoder:
                 unknown_rate=feature.unknown_rate,
                 unknown_group=feature.unknown_group,
             )
-            for feature in self.features
+            for feature, _ in _with_summaries(self.features)
         )
 
     def _vocabulary_size(self, owner: str) -> int:
@@ -409,7 +424,7 @@ class Encoder:
 
         Returns:
             int32 indices `(n,)` or `(n, length)`, float32 weights `(n, length)`, and float32 dense vectors
-            `(n, width)`. An empty list is one slot of index 0 and weight 1.
+            `(n, width)`. An empty list is one slot of index 0 and weight 1, its mean weight unknown, its length 0.
 
         Raises:
             ValueError: If a column is missing, or `rows` of a constant tower.
@@ -443,14 +458,17 @@ class Encoder:
             elif not feature.is_list:
                 encoded[feature.name] = self._index(feature, values)
             else:
-                weights = tf.convert_to_tensor(table[feature.name + WEIGHTS_SUFFIX], tf.float32)
-                weights = tf.where(tf.math.is_finite(weights) & (weights > 0), weights, 0.0)
-                values, weights = _fit_length(values, weights, feature)
+                values, weights = _fit_length(values, table[feature.name + WEIGHTS_SUFFIX], feature)
                 filled = weights > 0
                 encoded[feature.name] = tf.where(filled, self._index(feature, values), 0)
                 # An empty list is one "unknown": a zero vector would have no direction for a layer norm.
                 lone_unknown = ~tf.reduce_any(filled, axis=1, keepdims=True) & (tf.range(feature.length) == 0)
                 encoded[feature.name + WEIGHTS_SUFFIX] = tf.where(filled, weights, tf.cast(lone_unknown, tf.float32))
+                if feature.summary:
+                    for number, of_lists in zip(feature.summaries, _summarised(weights), strict=True):
+                        encoded[number.name] = self._number(
+                            number, _is_known(number, of_lists)[:, None], of_lists[:, None]
+                        )
         return encoded
 
     def _index(self, feature: EncodedFeature, values: tf.Tensor) -> tf.Tensor:
@@ -523,21 +541,7 @@ class Encoder:
 
     def unknown(self, tower: str, rows: int = 1) -> dict[str, np.ndarray]:
         """Encoded columns of `rows` entities of which nothing is known."""
-        encoded: dict[str, np.ndarray] = {}
-        for feature in self.schema_features():
-            if feature.tower != tower:
-                continue
-            shape = (rows, feature.width) if feature.is_dense else (rows, feature.length)
-            first = np.zeros(shape, np.float32)
-            first[:, 0] = 1
-            if feature.is_dense:
-                encoded[feature.name] = first
-            elif feature.length == 1:
-                encoded[feature.name] = np.zeros(rows, np.int32)
-            else:
-                encoded[feature.name] = np.zeros(shape, np.int32)
-                encoded[feature.name + WEIGHTS_SUFFIX] = first
-        return encoded
+        return self.encode_numpy(self.unknown_raw(tower, rows), tower, rows)
 
     def unknown_raw(self, tower: str, rows: int = 1, profile: bool = False) -> dict[str, np.ndarray]:
         """Raw columns of `rows` entities of which nothing is known; see `EncodedFeature.unknown_raw`."""
@@ -687,16 +691,41 @@ def _layer(feature: EncodedFeature, state: list | None) -> keras.layers.Layer | 
     return lookup(vocabulary=state, oov_token=RAW_UNKNOWN[feature.raw])
 
 
-def _flat_values(feature: EncodedFeature, table: Mapping[str, Any], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _with_summaries(features: Iterable[EncodedFeature]) -> Iterator[tuple[EncodedFeature, EncodedFeature | None]]:
+    """Everything that is encoded, and of a number derived from a list, the list."""
+    for feature in features:
+        yield feature, None
+        for number in feature.summaries:
+            yield number, feature
+
+
+def _flat_values(
+    feature: EncodedFeature, table: Mapping[str, Any], rows: np.ndarray, listed: EncodedFeature | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The known values in chosen rows, flat, and which of these rows each is from."""
-    values = np.asarray(table[feature.name])[rows]
     entity = np.arange(len(rows))
+    if listed is not None:
+        values = _summary_values(listed, table, rows)[listed.summaries.index(feature)]
+    else:
+        values = np.asarray(table[feature.name])[rows]
     if feature.is_list:
         weights = np.asarray(table[feature.name + WEIGHTS_SUFFIX])[rows]
         filled = np.isfinite(weights) & (weights > 0)
         values, entity = values[filled], np.broadcast_to(entity[:, None], filled.shape)[filled]
     known = known_values(feature, values)
     return values[known], entity[known]
+
+
+def _summary_values(feature: EncodedFeature, table: Mapping[str, Any], rows: np.ndarray) -> np.ndarray:
+    """The numbers of `feature.summaries` in chosen rows, `(2, n)`."""
+    import tensorflow as tf
+
+    numbers = np.empty((len(feature.summaries), len(rows)), np.float32)
+    with tf.device("CPU"):
+        for start in range(0, len(rows), BLOCK):
+            weights = np.asarray(table[feature.name + WEIGHTS_SUFFIX])[rows[start : start + BLOCK]]
+            numbers[:, start : start + BLOCK] = _summarised(_fit_length(None, weights, feature)[1])
+    return numbers
 
 
 def _vocabulary(feature: EncodedFeature, values: np.ndarray, entity: np.ndarray, count: np.ndarray) -> list:
@@ -778,10 +807,24 @@ def _clipped(values: tf.Tensor) -> tf.Tensor:
     return tf.clip_by_value(values, -MOST_DEVIATIONS, MOST_DEVIATIONS)
 
 
-def _fit_length(values: tf.Tensor, weights: tf.Tensor, feature: EncodedFeature) -> tuple[tf.Tensor, tf.Tensor]:
-    """Values and weights `(n, L)` as `(n, length)`: the slots to keep in their order, then empty ones."""
+def _summarised(weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean weight, NaN of an empty list, and length of lists with weights `(n, L)`, each float32 `(n,)`."""
     import tensorflow as tf
 
+    # In float64 the sums are exact, so that their order, which follows the shape of a batch, does not matter.
+    length = tf.reduce_sum(tf.cast(weights > 0, tf.float64), axis=1)
+    mean = tf.reduce_sum(tf.cast(weights, tf.float64), axis=1) / length
+    return tf.cast(mean, tf.float32), tf.cast(length, tf.float32)
+
+
+def _fit_length(values: Any, weights: Any, feature: EncodedFeature) -> tuple[tf.Tensor, tf.Tensor]:
+    """Values and weights `(n, L)` as `(n, length)`: the slots to keep in their order, then empty ones, of weight 0."""
+    import tensorflow as tf
+
+    weights = tf.convert_to_tensor(weights, tf.float32)
+    weights = tf.where(tf.math.is_finite(weights) & (weights > 0), weights, 0.0)
+    if values is None:
+        values = tf.zeros_like(weights, RAW_DTYPES[feature.raw])
     length, slots = feature.length, values.shape[1]
     if slots is None:
         shorter = tf.shape(values)[1] <= length

@@ -26,16 +26,17 @@ from mvke_tf.schema import TOWERS, WEIGHTS_SUFFIX, Schema, Task
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+# Format 1 had neither mean weight nor length of lists; it is read as it is.
+FORMATS = (1, 2)
 TABLES = ("users", "items", "latest_users")
 SIDES = {"users": "user", "items": "item", "latest_users": "user"}
 MANIFEST, ENCODER = "manifest.json", "encoder.json"
 REMEDY = "Delete the folder and run `mvke prepare --data ...` again."
 
 
-def digest(dataset: Dataset, fingerprint: str) -> str:
+def digest(dataset: Dataset, fingerprint: str, version: int = FORMATS[-1]) -> str:
     """What a prepared dataset is made of, in one word of 64 hexadecimal digits: format, declaration, source."""
-    made_of = [FORMAT, dataset.to_dict(), fingerprint]
+    made_of = [version, dataset.to_dict(), fingerprint]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
@@ -188,7 +189,9 @@ class PreparedDataset:
         columns: Mapping[str, np.ndarray],
         offsets: dict[str, float],
         folder: Path | None,
+        version: int = FORMATS[-1],
     ) -> None:
+        self._version = version
         self.dataset, self.encoder, self.fingerprint = dataset, encoder, fingerprint
         self.users, self.items, self.latest_users = tables
         self.catalogue = np.asarray(catalogue, np.int64)
@@ -211,7 +214,7 @@ class PreparedDataset:
     @functools.cached_property
     def digest(self) -> str:
         """See `digest`."""
-        return digest(self.dataset, self.fingerprint)
+        return digest(self.dataset, self.fingerprint, self._version)
 
     @property
     def has_users(self) -> bool:
@@ -403,6 +406,7 @@ class PreparedDataset:
             {name: self._columns[name][rows] for name in self._columns},
             self.offsets,
             None,
+            self._version,
         )
         return some
 
@@ -429,7 +433,7 @@ class PreparedDataset:
             _write(temporary / "interactions.parquet", columns, len(self))
             (temporary / ENCODER).write_text(json.dumps(self.encoder.to_dict()), encoding="utf-8")
             manifest = {
-                "format": FORMAT,
+                "format": self._version,
                 "digest": self.digest,
                 "fingerprint": self.fingerprint,
                 "name": self.dataset.name,
@@ -475,7 +479,7 @@ class PreparedDataset:
             dataset = Dataset.from_dict(manifest["dataset"], of_declaration, manifest["name"])
         except DeclarationError as error:
             raise DataError(f"{folder / MANIFEST} is damaged: {error} {REMEDY}") from error
-        if digest(dataset, manifest["fingerprint"]) != manifest["digest"]:
+        if digest(dataset, manifest["fingerprint"], manifest["format"]) != manifest["digest"]:
             raise DataError(f"{folder / MANIFEST} is damaged: its digest is not that of its declaration. {REMEDY}")
         try:
             size, _ = manifest["files"][ENCODER]
@@ -516,6 +520,7 @@ class PreparedDataset:
             interactions,
             {name: float(value) for name, value in offsets.items()},
             folder,
+            manifest["format"],
         )
         return prepared
 
@@ -548,8 +553,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{error} {REMEDY}") from error
     if not isinstance(manifest, dict):
         raise DataError(f"{path} is damaged: it is no object. {REMEDY}")
-    if manifest.get("format") != FORMAT:
-        raise DataError(f"{path} has format {manifest.get('format')!r}, expected {FORMAT}. {REMEDY}")
+    if manifest.get("format") not in FORMATS:
+        raise DataError(f"{path} has format {manifest.get('format')!r}, expected {FORMATS[-1]}. {REMEDY}")
     number = (int, float)
     kinds: dict[str, Any] = {"digest": str, "fingerprint": str, "name": str, "folder": str, "dataset": dict}
     counts: dict[str, Any] = {"rows": int, "list_lengths": int, "offsets": number, "files": list}

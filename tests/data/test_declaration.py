@@ -257,11 +257,26 @@ def test_what_features_read_and_own(path):
     assert dataset.feature("clicks").source_column is None and dataset.feature("popularity").source_column is None
     assert dataset.owner("clicked_ads").name == "ad_id" and dataset.owner("ad_id").name == "ad_id"
     assert dataset.owner(dataset.feature("seen_advertisers")) is dataset.feature("advertiser")
-    assert dataset.feature("interests").inputs == ("interests", "interests_weights")
+    derived = ("interests_mean_weight", "interests_length")
+    assert dataset.feature("interests").inputs == ("interests", "interests_weights", *derived)
+    without = dataset.replace({"features.interests.summary": False})
+    assert without.feature("interests").inputs == ("interests", "interests_weights")
+    assert without.to_dict()["features"]["interests"]["summary"] is False
     assert dataset.feature("age").inputs == ("age",)
     assert dataset.feature("age").bins == 20 and dataset.feature("since").bins == 20
     assert dataset.feature("bid").bins == 0 and dataset.feature("bid").boundaries == (0.0, 0.5, 2.0)
     assert dataset.feature("seen_advertisers").keep == "heaviest"
+
+
+def test_a_summary_needs_weights_and_names_of_its_own(path):
+    dataset = Dataset.from_toml(path)
+    with pytest.raises(DeclarationError, match=r"\[features\.age\]: `summary` is for lists with weights"):
+        dataset.replace({"features.age.summary": False})
+    taken = {"features.interests_length": {"tower": "user", "encode": "buckets", "column": "age"}}
+    with pytest.raises(
+        DeclarationError, match=r"unless it has `summary = false`\)\. Received twice: 'interests_length'"
+    ):
+        dataset.replace(taken)
 
 
 def test_round_trip(path):

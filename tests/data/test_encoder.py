@@ -212,6 +212,59 @@ def test_dtypes():
 # Lists
 
 
+def test_mean_weight_and_length_of_a_list():
+    tags = feature("tags", "integer", "integer", bins=9, length=3, weighted=True, summary=True)
+    weights = np.float32([[4, 5, 0, 5], [2, NAN, 0, 0], [0, -1, 0, 0], [3, 3, INF, 1]])
+    table = {"tags": np.arange(16).reshape(4, 4), "tags_weights": weights}
+    encoder = Encoder([tags], {"tags_mean_weight": [2.0, 4.0, 5.0], "tags_length": [0.0, 2.0, 3.0]})
+    # [unknown, share of the way from the first bound to the second, from the second to the third]
+    columns = encoder.encode(table, "user")
+    mean = [14 / 3, 2, None, 7 / 3]
+    wanted = [[1, 0, 0] if m is None else [0, min(1, (m - 2) / 2), max(m - 4, 0)] for m in mean]
+    np.testing.assert_allclose(columns["tags_mean_weight"], wanted, rtol=1e-6)
+    np.testing.assert_array_equal(columns["tags_length"], [[0, 1, 1], [0, 0.5, 0], [0, 0, 0], [0, 1, 1]])
+    assert [(f.name, f.tower, f.width) for f in encoder.schema_features()] == [
+        ("tags", "user", 0),
+        ("tags_mean_weight", "user", 3),
+        ("tags_length", "user", 3),
+    ]
+    assert list(encoder.raw_inputs("user")) == ["tags", "tags_weights"]
+    nothing = encoder.unknown("user", 2)
+    np.testing.assert_array_equal(nothing["tags_mean_weight"], [[1, 0, 0]] * 2)
+    np.testing.assert_array_equal(nothing["tags_length"], [[0, 0, 0]] * 2)
+
+
+def test_mean_weight_and_length_follow_the_slots_that_are_kept():
+    tags = feature("tags", "integer", "integer", bins=9, length=2, keep="heaviest", weighted=True, summary=True)
+    table = {"tags": np.array([[1, 2, 3], [4, 5, 6]]), "tags_weights": np.float32([[1, 6, 2], [0, 3, 0]])}
+    encoder = Encoder.fit([tags], {"user": table, "item": {}}, {"user": np.arange(2), "item": np.arange(0)})
+    # Of weights 6 and 2, and of weight 3: two means, 4 and 3, two lengths, 2 and 1.
+    assert encoder.state == {
+        "tags_mean_weight": pytest.approx(np.linspace(3, 4, 21)),
+        "tags_length": pytest.approx(np.linspace(1, 2, 21)),
+    }
+    columns = encoder.encode(table, "user")
+    np.testing.assert_array_equal(columns["tags_mean_weight"][:, 1:], [[1] * 20, [0] * 20])
+    again = Encoder.from_dict(json.loads(json.dumps(encoder.to_dict())))
+    np.testing.assert_array_equal(again.encode(table, "user")["tags_length"], columns["tags_length"])
+
+
+def test_mean_weight_does_not_depend_on_the_batch():
+    tags = feature("tags", "integer", "integer", bins=9, length=50, weighted=True, summary=True)
+    random = np.random.default_rng(0)
+    table = {
+        "tags": np.zeros((300, 50), np.int64),
+        "tags_weights": random.uniform(0, 5, (300, 50)).astype(np.float32),
+    }
+    rows = {"user": np.arange(300), "item": np.arange(0)}
+    encoder = Encoder.fit([tags], {"user": table, "item": {}}, rows)
+    whole, blocks = encoder.encode_numpy(table, "user"), encoder.encode_numpy(table, "user", block=7)
+    traced = tf.function(lambda **columns: encoder.encode(columns, "user"))(**table)
+    for name in ("tags_mean_weight", "tags_length"):
+        np.testing.assert_array_equal(whole[name], blocks[name])
+        np.testing.assert_array_equal(whole[name], traced[name])
+
+
 @pytest.mark.parametrize(
     ("keep", "items", "weights", "index", "weight"),
     [
@@ -354,6 +407,7 @@ def test_from_declaration():
             length=3,
             keep="heaviest",
             weighted=True,
+            summary=True,
             embedding="item",
             **shared,
         ),
@@ -369,7 +423,10 @@ def test_from_declaration():
         {"user": np.arange(2), "item": np.arange(2)},
         {"user": np.array([1, 1]), "item": np.array([5, 1])},
     )
-    assert encoder.state == {"age": [], "slot": ["de", "fr"], "item": ["i01"], "price": [1.0, 2.5]}
+    assert encoder.state == {
+        **{"age": [], "slot": ["de", "fr"], "seen_mean_weight": [], "seen_length": [0.0]},
+        **{"item": ["i01"], "price": [1.0, 2.5]},
+    }
 
 
 def test_profile_values_of_context():
@@ -634,6 +691,8 @@ def test_the_schema_of_a_prepared_dataset(prepared):
         "recent_items_weights",
         "liked_tags",
         "liked_tags_weights",
+        "liked_tags_mean_weight",
+        "liked_tags_length",
     )
     by_name = {one.name: one for one in schema.features}
     assert by_name["recent_items"].embedding == "item"

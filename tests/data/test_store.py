@@ -10,6 +10,7 @@ import pytest
 
 from mvke_tf.data import store
 from mvke_tf.data.encoder import EncodedFeature, Encoder
+from mvke_tf.data.preparation import prepare
 from mvke_tf.data.store import EntityTable, PreparedDataset, digest
 from mvke_tf.errors import ConfigError, DataError
 from tests.small import small_dataset, small_prepared
@@ -104,7 +105,7 @@ def test_columns_are_read_when_they_are_asked_for(saved, monkeypatch):
     )
     loaded = PreparedDataset.load(saved)
     assert read == ["item_row"]  # the catalogue
-    assert (len(loaded.users), len(loaded.users.encoded), "age" in loaded.users.raw) == (60, 9, True)
+    assert (len(loaded.users), len(loaded.users.encoded), "age" in loaded.users.raw) == (60, 11, True)
     assert read == ["item_row"]
     for _ in range(2):
         assert loaded.users.encoded["age"].shape == (60,)
@@ -339,7 +340,7 @@ def test_values_are_checked_when_they_are_read(folder, name, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=99), "has format 99, expected 1"),
+        (lambda m: m.update(format=99), "has format 99, expected 2"),
         (lambda m: m.pop("rows"), "'rows' is None"),
         (lambda m: m.update(files=[]), r"'files' is \[\]"),
         (lambda m: m["rows"].update(users=-1), "'rows' of 'users' is -1"),
@@ -381,6 +382,18 @@ def test_other_damage(folder, tmp_path):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(DataError, match=rf"manifest\.json .*{message}.*Delete the folder"):
             PreparedDataset.load(folder)
+
+
+def test_a_folder_without_summaries_of_lists_is_read_as_it_is(tmp_path):
+    old = prepare(small_dataset(**{"features.liked_tags.summary": False}))
+    # Format 1 did not know that key.
+    old.dataset, old._version = small_dataset(), 1
+    old.save(tmp_path / "old")
+    read = PreparedDataset.load(tmp_path / "old")
+    assert json.loads((tmp_path / "old" / "manifest.json").read_text())["format"] == 1
+    assert read.digest == digest(small_dataset(), old.fingerprint, 1) != digest(small_dataset(), old.fingerprint)
+    assert tuple(read.users.encoded) == read.schema().inputs("user")
+    assert not any(name.endswith("_mean_weight") for name in read.users.encoded)
 
 
 def test_digest():
@@ -523,7 +536,7 @@ def test_overrides_prepare_anew():
     changed = small_prepared(**{"negatives": None})
     assert not changed.sampled.any()
     assert changed.digest != small_prepared().digest
-    assert store.FORMAT == 1
+    assert store.FORMATS == (1, 2)
 
 
 def test_a_sample_has_some_of_the_interactions_and_all_entities():

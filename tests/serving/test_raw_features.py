@@ -44,8 +44,13 @@ def test_unknown_values_are_index_0(run, model, raw, serve):
         unknown[name] = np.full((rows, 2), value, object)
         unknown[name + "_weights"] = np.array([[2, 0]] * rows, np.float32)
     encoder = run.prepared.encoder
-    wanted = predicted(model, encoder.unknown("user", rows) | encoder.unknown("item", rows))
-    # A list of unknown values has its weight, which a mean does not see.
+    # A list of unknown values has its weight, which the mean of embeddings does not see, but the numbers beside it do.
+    one = encoder.encode_numpy(unknown, "user")
+    seen = {name: one[name] for name in ("liked_tags_mean_weight", "liked_tags_length")}
+    nothing = encoder.unknown("user", rows)
+    assert all((nothing[name][:, 0] == (name == "liked_tags_mean_weight")).all() for name in seen)
+    assert all((one[name][:, 0] == 0).all() for name in seen)
+    wanted = predicted(model, nothing | seen | encoder.unknown("item", rows))
     assert_close(serve(unknown), wanted)
 
 
