@@ -212,8 +212,12 @@ class _Log:
         self.tasks = self._find_tasks()
 
     def _separate_lists(self) -> None:
-        """One separator for all lists of a CSV: the most frequent; other lists stay texts."""
-        found = collections.Counter(one.separator for one in self.columns if one.separator)
+        """One separator for all lists of a CSV: the most frequent; other lists stay texts.
+
+        What separates the cells, too, as in quoted cells, may not be declared.
+        """
+        taken = (None, self.delimiter)
+        found = collections.Counter(one.separator for one in self.columns if one.separator not in taken)
         self.separator = found.most_common(1)[0][0] if found else None
         for one in self.columns:
             if one.separator and one.separator != self.separator:

@@ -229,6 +229,15 @@ def test_delimiters_and_compression(tmp_path, delimiter):
     assert toml["features"]["tags"]["length"] == 2 and toml["tasks"]["clicked"]["label"] == "clicked"
 
 
+def test_a_separator_that_is_the_delimiter_is_not_proposed(tmp_path):
+    lists = ["red|blue", "blue|green", "green|red", "red|green"] * 50
+    table = pl.DataFrame({"colours": lists, "click": [0, 1, 1, 0] * 50})
+    table.write_csv(tmp_path / "log.csv", separator="|")
+    assert "list_separator" not in draft(tmp_path / "log.csv")
+    (tmp_path / "log.toml").write_text(draft(tmp_path / "log.csv"))
+    assert not Dataset.from_toml(tmp_path / "log.toml").feature("colours").is_list
+
+
 def test_huge_cardinalities_are_hashed(tmp_path):
     rows = 60_000
     random = np.random.default_rng(5)
