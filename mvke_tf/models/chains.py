@@ -8,7 +8,6 @@ from typing import Any
 import keras
 
 from mvke_tf.config import ModelConfig
-from mvke_tf.errors import ConfigError
 from mvke_tf.layers import TransferAttention
 from mvke_tf.models.two_tower import TwoTowerModel, Vectors, build_two_tower, tag_vectors, task_networks
 from mvke_tf.schema import Schema, Task
@@ -52,20 +51,15 @@ def build_resflow(schema: Schema, config: ModelConfig | None = None) -> TwoTower
     What the two-tower form changes: both sides have such layers, and the logit flows by vectors side by side,
     `⟨[u_before, u_t], [v_before, v_t]⟩ = ⟨u_before, v_before⟩ + ⟨u_t, v_t⟩`, so that the t-th task's vectors are t D
     wide. With `given` and the objective `"marginal"` this is the paper's model; with `"joint"` the logit given the
-    event flows.
-
-    Raises:
-        ConfigError: If a task is no binary task: logits flow into logits.
+    event flows. Tasks of other kinds, which have no logit to add up, have layers of their own.
     """
-    if wrong := [task.name for task in schema.tasks if task.kind != "binary"]:
-        raise ConfigError(f"resflow adds up logits of binary tasks; leave other tasks out. Received: {wrong}")
     return build_two_tower(schema, config, resflow_towers, "resflow")
 
 
 def resflow_towers(
     user_fields: Any, item_fields: Any, tasks: Sequence[Task], config: ModelConfig
 ) -> tuple[Vectors, Vectors]:
-    """The two towers of ResFlow: `{task: (B, t D)}` of the t-th task; arguments as in `aitm_towers`."""
+    """The two towers of ResFlow: `{task: (B, t D)}` of the t-th binary task; arguments as in `aitm_towers`."""
     return (
         _residual_networks(user_fields, tasks, config, "user"),
         _residual_networks(item_fields, tasks, config, "item"),
@@ -79,15 +73,17 @@ def _residual_networks(fields: Any, tasks: Sequence[Task], config: ModelConfig, 
     before = None
     for task in tasks:
         x, hidden = flat, []
+        flows = task.kind == "binary"
         for level, units in enumerate(config.hidden_dims):
             x = keras.layers.Dense(units, activation="relu", name=f"{side}_{task.name}_{level}")(x)
             x = keras.layers.Dropout(config.dropout_rate, name=f"{side}_{task.name}_dropout_{level}")(x)
-            if hidden_before:
+            if flows and hidden_before:
                 x = keras.layers.Add(name=f"{side}_{task.name}_flow_{level}")([x, hidden_before[level]])
             hidden.append(x)
         own = keras.layers.Dense(config.embedding_dim, name=f"{side}_{task.name}_residual")(x)
-        if before is not None:
+        if flows and before is not None:
             own = keras.layers.Concatenate(name=f"{side}_vector_{task.name}")([before, own])
-        vectors[task.name] = before = own
-        hidden_before = hidden
+        vectors[task.name] = own
+        if flows:
+            before, hidden_before = own, hidden
     return vectors

@@ -103,8 +103,12 @@ def test_resflow_adds_to_the_logit_of_the_task_before():
     layers = {name: model.get_layer(name).output for name in ("user_ctr_0", "user_cvr_0", "user_cvr_flow_0")}
     flow = numpy_outputs(model.part(layers), USERS)
     assert_close(flow["user_cvr_flow_0"], flow["user_ctr_0"] + flow["user_cvr_0"])
-    with pytest.raises(ValueError, match=r"binary tasks; leave other tasks out. Received: \['stars'\]"):
-        build_model("resflow", SCHEMA.with_tasks([Task("click"), Task("stars", "regression")]), CONFIG)
+    # A task without a logit is left out of the flow, which goes on behind it.
+    tasks = [Task("click"), Task("stars", "regression"), Task("buy", given="click")]
+    model = build_model("resflow", SCHEMA.with_tasks(tasks), CONFIG)
+    widths = {task: vector.shape[-1] for task, vector in model.user_tower.output.items()}
+    assert widths == {"click": dim, "stars": dim, "buy": 2 * dim}
+    assert not [layer.name for layer in model.layers if layer.name.startswith("user_stars_flow")]
 
 
 def test_aitm_passes_the_vector_of_the_task_before():
