@@ -1,6 +1,7 @@
 # make train        from nothing to a trained, evaluated and exported model; MODEL, EPOCHS, BATCH_SIZE, SEED, RUN, ARGS
 # make test         lint and all tests
-# make browser      Debian's Chromium, in which a test looks at the page of scripts/analyze.py
+# make browser      Debian's Chromium, in which tests look at pages
+# make docs        build the documentation in site/
 # make notebooks    execute the notebooks in full and write them back
 # make data         obtain and prepare MovieLens-100K
 # make tensorboard  follow the runs
@@ -28,7 +29,7 @@ ARGS ?=
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help setup lock audit data train test lint format notebooks tensorboard browser clean
+.PHONY: help setup lock audit data train test lint format docs notebooks tensorboard browser clean
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
@@ -79,6 +80,10 @@ test: lint browser
 browser:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
 		|| echo "warning: no chromium, and it could not be installed (as root: apt-get install chromium); its test will fail"
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo site/index.html
 
 notebooks: data
 	$(PY) scripts/run_notebooks.py
