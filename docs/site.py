@@ -27,7 +27,7 @@ ELSEWHERE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "cha
 ROOMS = {
     "data": ("Data", ["schema", "data", "datasets"]),
     "models": ("Models and layers", ["models", "layers", "losses", "metrics"]),
-    "training": ("Runs and training", ["config", "run", "training"]),
+    "training": ("Runs and training", ["config", "run", "run_folder", "training"]),
     "evaluation": ("Evaluation and analysis", ["evaluation", "analysis", "inference", "figures"]),
     "serving": ("Serving", ["serving"]),
     "experiments": ("Experiments", ["experiments"]),
@@ -125,7 +125,8 @@ def _commands() -> str:
         usage = " ".join(parser.format_usage().split())
         lines += [f"## `mvke {name}`", "", str(parser.description or ""), "", "```text", _short(usage), "```", ""]
         for group in parser._action_groups:
-            actions = [a for a in group._group_actions if a.help not in (argparse.SUPPRESS, None) and a.dest not in ("help", "help_all")]
+            actions = [action for action in group._group_actions if action.help not in (argparse.SUPPRESS, None)]
+            actions = [action for action in actions if action.dest not in ("help", "help_all")]
             if actions:
                 lines += [f"**{(group.title or '').capitalize()}**", "", "| option | |", "|---|---|"]
                 lines += [f"| {_option(action)} | {_help(parser, action)} |" for action in actions]
