@@ -120,7 +120,7 @@ def _commands() -> str:
         f"What `mvke --help` and `mvke COMMAND --help` of version {mvke_tf.__version__} say.",
         "",
     ]
-    for name in cli._COMMANDS:
+    for name in cli.COMMANDS:
         parser = _parser(name)
         usage = " ".join(parser.format_usage().split())
         lines += [f"## `mvke {name}`", "", str(parser.description or ""), "", "```text", _short(usage), "```", ""]

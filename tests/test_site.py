@@ -32,7 +32,7 @@ def test_the_site(tmp_path):
     assert 'id="mvke_tf.data.declaration.Dataset.from_toml"' in pages["api/data.html"]
     assert 'href="models.html#mvke_tf.models.mvke.build_mvke"' in pages["api/index.html"]
     commands = pages["command_reference.html"]
-    assert [name for name in cli._COMMANDS if f"<code>mvke {name}</code>" not in commands] == []
+    assert [name for name in cli.COMMANDS if f"<code>mvke {name}</code>" not in commands] == []
     assert "--embedding_dim" in commands and "--max_request_mb" in commands
     assert pages["models.html"].count("<math") > 5 and "\\text" not in pages["models.html"]
     with chromium() as browser:
