@@ -2,8 +2,9 @@
 # make test         lint and all tests
 # make check        lint and the tests that are not slow: what to run between two thoughts
 # make chaos        kills, full disks, two writers and damaged files at random: CHAOS_MINUTES (60), CHAOS_SEED
-# make browser      Debian's Chromium, in which a test looks at the page of scripts/analyze.py
-# make bench        measure speed: the sections that bench/suite.json lacks; then docs/benchmarks.md
+# make browser      Debian's Chromium, in which tests look at pages
+# make bench        measure speed: the sections that bench/suite.json lacks; then docs/suite.md
+# make docs         build the documentation in site/
 # make notebooks    execute the notebooks in full and write them back
 # make data         obtain and prepare MovieLens-100K
 # make tensorboard  follow the runs
@@ -32,7 +33,7 @@ CHAOS_MINUTES ?= 60
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help setup lock audit data train test check chaos lint format bench notebooks tensorboard browser clean
+.PHONY: help setup lock audit data train test check chaos lint format bench docs notebooks tensorboard browser clean
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
@@ -94,7 +95,11 @@ browser:
 
 bench: data
 	$(PY) benchmarks/suite.py
-	$(PY) benchmarks/suite.py --page docs/benchmarks.md
+	$(PY) benchmarks/suite.py --page docs/suite.md
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo site/index.html
 
 notebooks: data
 	$(PY) scripts/run_notebooks.py

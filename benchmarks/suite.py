@@ -2,7 +2,7 @@
 
     python benchmarks/suite.py --data movielens                      # every section that bench/suite.json lacks
     python benchmarks/suite.py --data movielens --sections training  # one of them, again
-    python benchmarks/suite.py --page docs/benchmarks.md             # the page, from what has been measured
+    python benchmarks/suite.py --page docs/suite.md             # the page, from what has been measured
 
 Variants of a section take turns, so that a machine that slows down slows all of them. Wall and CPU seconds (of all
 threads) are medians with the least and the most. `share` is what matrix products alone would need at the speed of a
@@ -421,14 +421,14 @@ def run(prepared: Any, folder: Path, sections: Sequence[str], size: Size, again:
 def page(kept: Mapping[str, Any]) -> str:
     """The page of the docs, from what has been measured."""
     lines = [
-        "# Benchmarks",
+        "# The benchmark suite",
         "",
-        "`make bench` measures, and `python benchmarks/suite.py --page docs/benchmarks.md` writes this page of it.",
+        "`make bench` measures, and `python benchmarks/suite.py --page docs/suite.md` writes this page of it.",
         "Medians, with the least and the most in brackets; `share` is that of the speed of a product of two",
         "2048 x 2048 matrices, measured in turn with the rest.",
     ]
     if not kept["sections"]:
-        lines += ["", "Nothing has been measured by it yet; [results](results.md#speed) has the figures there are."]
+        lines += ["", "Nothing has been measured by it yet; [benchmarks](benchmarks.md) has the figures there are."]
     for name, section in kept["sections"].items():
         made = f"{section['data']}, {section['machine']}, {section['date']}, load {section['load']:.1f} at the end"
         lines += ["", f"## {name.replace('_', ' ').capitalize()}", "", f"{SECTIONS[name].__doc__}".splitlines()[0]]

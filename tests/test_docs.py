@@ -390,11 +390,13 @@ def test_the_front_page_is_short_and_links_every_page():
     assert {path.name for path in REPOSITORY.glob("docs/*.md")} <= linked
 
 
-def test_every_program_is_on_the_page_of_commands():
-    page = PAGES[REPOSITORY / "docs" / "commands.md"]
-    programs = [*REPOSITORY.glob("scripts/*.py"), *REPOSITORY.glob("benchmarks/*.py")]
+@pytest.mark.parametrize(
+    "folder, page", [("scripts", "commands.md"), ("benchmarks", "benchmarks.md"), ("notebooks", "notebooks.md")]
+)
+def test_every_program_is_on_its_page(folder, page):
+    programs = [*REPOSITORY.glob(f"{folder}/*.py"), *REPOSITORY.glob(f"{folder}/*.ipynb")]
     assert programs
-    assert [path.name for path in programs if path.name not in page] == []
+    assert [path.name for path in programs if path.name not in PAGES[REPOSITORY / "docs" / page]] == []
 
 
 def test_every_snippet_is_run():

@@ -1,13 +1,11 @@
 """The analysis of a run: its files, its pictures, and its page in a real browser."""
 
-import html
 import io
 import json
 import logging
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -32,6 +30,7 @@ from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError, DataError
 from mvke_tf.models import build_model
 from mvke_tf.run import Run
+from tests.browser import DESK, PHONE, chromium, faults
 from tests.conftest import REPOSITORY
 
 FIGURES = {
@@ -132,56 +131,31 @@ def test_the_page_is_self_contained(analysed):
     assert "Heat map of the mean gate weight of each expert by age of the user (years), per task" in text
 
 
-def test_the_page_in_a_browser(analysed, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.fail(
-            "This test looks at the page in Chromium, which is not installed: `make browser` installs it as root."
-        )
-    text = (analysed[2].folder / "analysis" / "analysis.html").read_text(encoding="utf-8")
-    # Each frame tells the page around it what it looks like; no window can be as narrow as a phone.
-    tell = """<script>addEventListener("load", () => parent.postMessage({
-        width: innerWidth, needed: document.documentElement.scrollWidth, client: document.documentElement.clientWidth,
+def test_the_page_in_a_browser(analysed):
+    folder = analysed[2].folder / "analysis"
+    verdict = json.loads((folder / "verdict.json").read_text())
+    look = """() => { const all = selector => [...document.querySelectorAll(selector)]; return {
         images: document.images.length, failed: [...document.images].filter(image => !image.naturalWidth).length,
-        scrolling: [...document.querySelectorAll("figure.wide")].filter(one => one.scrollWidth > one.clientWidth)
-            .length,
-        hints: [...document.querySelectorAll("figure.wide figcaption")].filter(one => one.offsetHeight > 0).length,
-        legible: Math.min(...[...document.querySelectorAll("figure img")].map(image => image.width)),
+        scrolling: all("figure.wide").filter(one => one.scrollWidth > one.clientWidth).length,
+        hints: all("figure.wide figcaption").filter(one => one.offsetHeight > 0).length,
+        legible: Math.min(...all("figure img").map(image => image.width)),
         first: document.querySelector(".verdict").getBoundingClientRect().top,
-        verdict: [...document.querySelectorAll(".verdict h3")].map(heading => heading.innerText)}, "*"))</script>"""
-    (tmp_path / "page.html").write_text(text.replace("</body>", tell + "</body>"), encoding="utf-8")
-    frames = "".join(
-        f'<iframe src="page.html" style="width:{w}px;height:900px;border:0"></iframe>' for w in (400, 1200)
-    )
-    (tmp_path / "around.html").write_text(
-        '<!DOCTYPE html><meta charset="utf-8"><pre></pre><script>addEventListener("message", event => {'
-        'document.querySelector("pre").textContent += JSON.stringify(event.data) + "\\n"})</script>' + frames,
-        encoding="utf-8",
-    )
-    done = subprocess.run(
-        [
-            *(browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"),
-            *("--virtual-time-budget=10000", "--dump-dom", (tmp_path / "around.html").as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    told = re.search(r"<pre>(.*?)</pre>", done.stdout, re.S)
-    assert done.returncode == 0 and told, done.stderr
-    seen = sorted((json.loads(line) for line in html.unescape(told[1]).splitlines()), key=lambda one: one["width"])
-    assert [one["width"] for one in seen] == [400, 1200]
-    verdict = json.loads((analysed[2].folder / "analysis" / "verdict.json").read_text())
-    for one in seen:
-        assert one["needed"] <= one["client"], f"The page is wider than {one['width']} pixels"
-        assert (one["images"], one["failed"]) == (len(FIGURES), 0)
-        # A picture that is too wide scrolls, and says so.
-        assert one["scrolling"] == one["hints"] and (one["hints"] > 0) == (one["width"] == 400)
-        assert one["legible"] > 300
-        assert [line.split(":")[0] for line in one["verdict"]] == ["click", "buy", "field attention"]
-        assert one["verdict"][0].endswith(", ".join(finding["name"] for finding in verdict[0]["findings"]))
-        # The verdict is what a reader sees first.
-        assert 0 < one["first"] < 500
+        verdict: all(".verdict h3").map(heading => heading.innerText)}}"""
+    with chromium() as browser:
+        for width in (PHONE, DESK):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            page.goto((folder / "analysis.html").as_uri())
+            page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+            assert faults(page) == []
+            seen = page.evaluate(look)
+            assert (seen["images"], seen["failed"]) == (len(FIGURES), 0)
+            # A picture that is too wide scrolls, and says so.
+            assert seen["scrolling"] == seen["hints"] and (seen["hints"] > 0) == (width == PHONE)
+            assert seen["legible"] > 300
+            assert [line.split(":")[0] for line in seen["verdict"]] == ["click", "buy", "field attention"]
+            assert seen["verdict"][0].endswith(", ".join(finding["name"] for finding in verdict[0]["findings"]))
+            # The verdict is what a reader sees first.
+            assert 0 < seen["first"] < 500
 
 
 def test_an_earlier_analysis_is_replaced_and_nothing_else_is(tiny_run, tmp_path, monkeypatch, caplog):
