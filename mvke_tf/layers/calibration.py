@@ -21,6 +21,11 @@ class LogitMap:
 
     Raises:
         ValueError: If the function does not rise.
+
+    Example:
+
+    >>> LogitMap(slope=0.5, intercept=-1.0)(4.0)
+    1.0
     """
 
     slope: float = 1.0

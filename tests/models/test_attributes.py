@@ -39,6 +39,7 @@ TASKS = (
 SEEN = {
     "mvke": ((0,), (0, 1), (1, 2), (1, 2, 3), (2, 3, 4)),
     "mmoe": ((0, 1, 2, 3, 4, 5, 6),) * 5,
+    "stem": ((0, 1, 2, 3, 4, 5, 6),) * 5,
     "cgc": tuple((task, 5, 6) for task in range(5)),
     "ple": tuple((task, 5, 6) for task in range(5)),
 }

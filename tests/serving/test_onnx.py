@@ -208,6 +208,9 @@ def test_the_command_exports_components_of_a_run(tiny_run, capsys):
     assert lines == [
         f"ONNX: {folder / 'item.onnx'}   (its inputs and outputs: {folder / 'item.json'})",
         "onnxruntime and Keras agree to 1e-05 on rows of the test part.",
+        "",
+        f"Next:  mvke export {tiny_run.folder}",
+        f"       mvke profile {tiny_run.folder}",
     ]
     vectors = run_onnx(folder / "item.onnx", tiny_run.prepared.items.encoded)
     assert {task: vector.shape for task, vector in vectors.items()} == {"click": (30, 24), "buy": (30, 32)}
