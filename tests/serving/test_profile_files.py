@@ -179,7 +179,10 @@ def test_a_run_without_checkpoint(tiny_run):
 def test_the_command(command, tiny_run):
     status, output, error = command(tiny_run.folder, "--task", "buy", "--top", 2, "--users", 7, 3)
     folder = tiny_run.folder / "profiles"
-    assert (status, output) == (0, f"buy: {folder / 'buy_item.parquet'}, {folder / 'buy_item.csv'}\n")
+    assert (status, output) == (
+        0,
+        f"buy: {folder / 'buy_item.parquet'}, {folder / 'buy_item.csv'}\n\nNext:  mvke export {tiny_run.folder}\n",
+    )
     assert "Profiles: 100%" in error and "2/2" in error
     assert pd.read_csv(folder / "buy_item.csv")[["user", "rank"]].to_numpy().tolist() == [
         *([7, 1], [7, 2], [3, 1], [3, 2])
