@@ -12,15 +12,12 @@ TOWERS = ("user", "item")
 TASK_KINDS = ("binary", "regression", "count", "multiclass")
 TRANSFORMS = ("log1p",)
 WEIGHTS_SUFFIX = "_weights"
+# The dense field derived from a list with weights: its mean weight and its length.
+SUMMARY_SUFFIX = "_summary"
 # Inputs of a batch of distinct entities: which user and which item each pair consists of.
 USER_ROWS, ITEM_ROWS = "user_rows", "item_rows"
 # The field of an item side without features: one index for every row.
 CONSTANT_ITEM = "constant_item"
-
-
-def summary_names(name: str) -> tuple[str, str]:
-    """Names of the numbers derived from a list with weights: its mean weight and its length."""
-    return name + "_mean_weight", name + "_length"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -265,7 +265,7 @@ class _Check:
             type=f"{encoded.raw} list" if encoded.is_list else encoded.raw,
             unknown=unknown,
             distinct=distinct,
-            becomes=_becomes(schema) + ", mean weight, length" * encoded.summary,
+            becomes=_becomes(schema) + ", mean weight and length" * encoded.summary,
         )
 
     def _of_rows(self, tower: str) -> tuple[EntityTable, np.ndarray]:

@@ -38,12 +38,12 @@ from mvke_tf.errors import DeclarationError
 from mvke_tf.schema import (
     CONSTANT_ITEM,
     ITEM_ROWS,
+    SUMMARY_SUFFIX,
     TASK_KINDS,
     TOWERS,
     TRANSFORMS,
     USER_ROWS,
     WEIGHTS_SUFFIX,
-    summary_names,
 )
 
 FORMAT = 1
@@ -408,7 +408,7 @@ class FeatureDeclaration:
         keep: Which values of a longer list are kept: `"first"`, `"last"` or `"heaviest"`.
         weights: Column of the weights of a list, of its lengths; 1 each by default.
         weighted: CSV only: the cells hold the weights (`weight_separator`).
-        summary: Lists with weights: whether the model also reads the numbers `<name>_mean_weight` and `<name>_length`.
+        summary: Lists with weights: whether the model also reads their mean weight and length, as `<name>_summary`.
             (The embedding of the list is a weighted mean, from which the level of the weights cancels.)
         min_count: Vocabulary: values in fewer rows of the training part are unknown.
         max_size: Vocabulary: only the most frequent values; 0 for all.
@@ -672,7 +672,7 @@ class FeatureDeclaration:
     def inputs(self) -> tuple[str, ...]:
         """Names of the model inputs that carry this feature."""
         names = (self.name, self.name + WEIGHTS_SUFFIX) if self.is_list else (self.name,)
-        return (*names, *summary_names(self.name)) if self.has_weights and self.summary else names
+        return (*names, self.name + SUMMARY_SUFFIX) if self.has_weights and self.summary else names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1038,9 +1038,9 @@ class Dataset:
             for name in names:
                 if name in owners:
                     weights = ""
-                    if name.endswith((WEIGHTS_SUFFIX, *summary_names(""))):
+                    if name.endswith((WEIGHTS_SUFFIX, SUMMARY_SUFFIX)):
                         weights = (
-                            " (the weights of a list are an input, too, and its mean weight and length unless it has "
+                            " (the weights of a list are an input, too, and its summary, unless it has "
                             "`summary = false`)"
                         )
                     raise WrongValueError(

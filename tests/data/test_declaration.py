@@ -257,8 +257,7 @@ def test_what_features_read_and_own(path):
     assert dataset.feature("clicks").source_column is None and dataset.feature("popularity").source_column is None
     assert dataset.owner("clicked_ads").name == "ad_id" and dataset.owner("ad_id").name == "ad_id"
     assert dataset.owner(dataset.feature("seen_advertisers")) is dataset.feature("advertiser")
-    derived = ("interests_mean_weight", "interests_length")
-    assert dataset.feature("interests").inputs == ("interests", "interests_weights", *derived)
+    assert dataset.feature("interests").inputs == ("interests", "interests_weights", "interests_summary")
     without = dataset.replace({"features.interests.summary": False})
     assert without.feature("interests").inputs == ("interests", "interests_weights")
     assert without.to_dict()["features"]["interests"]["summary"] is False
@@ -272,9 +271,9 @@ def test_a_summary_needs_weights_and_names_of_its_own(path):
     dataset = Dataset.from_toml(path)
     with pytest.raises(DeclarationError, match=r"\[features\.age\]: `summary` is for lists with weights"):
         dataset.replace({"features.age.summary": False})
-    taken = {"features.interests_length": {"tower": "user", "encode": "buckets", "column": "age"}}
+    taken = {"features.interests_summary": {"tower": "user", "encode": "buckets", "column": "age"}}
     with pytest.raises(
-        DeclarationError, match=r"unless it has `summary = false`\)\. Received twice: 'interests_length'"
+        DeclarationError, match=r"unless it has `summary = false`\)\. Received twice: 'interests_summary'"
     ):
         dataset.replace(taken)
 

@@ -217,21 +217,17 @@ def test_mean_weight_and_length_of_a_list():
     weights = np.float32([[4, 5, 0, 5], [2, NAN, 0, 0], [0, -1, 0, 0], [3, 3, INF, 1]])
     table = {"tags": np.arange(16).reshape(4, 4), "tags_weights": weights}
     encoder = Encoder([tags], {"tags_mean_weight": [2.0, 4.0, 5.0], "tags_length": [0.0, 2.0, 3.0]})
-    # [unknown, share of the way from the first bound to the second, from the second to the third]
+    # [unknown, of mean and length the share of the way from the first bound to the second, then to the third]
     columns = encoder.encode(table, "user")
-    mean = [14 / 3, 2, None, 7 / 3]
-    wanted = [[1, 0, 0] if m is None else [0, min(1, (m - 2) / 2), max(m - 4, 0)] for m in mean]
-    np.testing.assert_allclose(columns["tags_mean_weight"], wanted, rtol=1e-6)
-    np.testing.assert_array_equal(columns["tags_length"], [[0, 1, 1], [0, 0.5, 0], [0, 0, 0], [0, 1, 1]])
+    wanted = [[0, 1, 2 / 3, 1, 1], [0, 0, 0, 0.5, 0], [1, 0, 0, 0, 0], [0, 1 / 6, 0, 1, 1]]
+    np.testing.assert_allclose(columns["tags_summary"], wanted, rtol=1e-6)
     assert [(f.name, f.tower, f.width) for f in encoder.schema_features()] == [
         ("tags", "user", 0),
-        ("tags_mean_weight", "user", 3),
-        ("tags_length", "user", 3),
+        ("tags_summary", "user", 5),
     ]
     assert list(encoder.raw_inputs("user")) == ["tags", "tags_weights"]
     nothing = encoder.unknown("user", 2)
-    np.testing.assert_array_equal(nothing["tags_mean_weight"], [[1, 0, 0]] * 2)
-    np.testing.assert_array_equal(nothing["tags_length"], [[0, 0, 0]] * 2)
+    np.testing.assert_array_equal(nothing["tags_summary"], [[1, 0, 0, 0, 0]] * 2)
 
 
 def test_mean_weight_and_length_follow_the_slots_that_are_kept():
@@ -244,9 +240,9 @@ def test_mean_weight_and_length_follow_the_slots_that_are_kept():
         "tags_length": pytest.approx(np.linspace(1, 2, 21)),
     }
     columns = encoder.encode(table, "user")
-    np.testing.assert_array_equal(columns["tags_mean_weight"][:, 1:], [[1] * 20, [0] * 20])
+    np.testing.assert_array_equal(columns["tags_summary"], [[0] + [1] * 40, [0] * 41])
     again = Encoder.from_dict(json.loads(json.dumps(encoder.to_dict())))
-    np.testing.assert_array_equal(again.encode(table, "user")["tags_length"], columns["tags_length"])
+    np.testing.assert_array_equal(again.encode(table, "user")["tags_summary"], columns["tags_summary"])
 
 
 def test_mean_weight_does_not_depend_on_the_batch():
@@ -260,9 +256,8 @@ def test_mean_weight_does_not_depend_on_the_batch():
     encoder = Encoder.fit([tags], {"user": table, "item": {}}, rows)
     whole, blocks = encoder.encode_numpy(table, "user"), encoder.encode_numpy(table, "user", block=7)
     traced = tf.function(lambda **columns: encoder.encode(columns, "user"))(**table)
-    for name in ("tags_mean_weight", "tags_length"):
-        np.testing.assert_array_equal(whole[name], blocks[name])
-        np.testing.assert_array_equal(whole[name], traced[name])
+    np.testing.assert_array_equal(whole["tags_summary"], blocks["tags_summary"])
+    np.testing.assert_array_equal(whole["tags_summary"], traced["tags_summary"])
 
 
 @pytest.mark.parametrize(
@@ -691,8 +686,7 @@ def test_the_schema_of_a_prepared_dataset(prepared):
         "recent_items_weights",
         "liked_tags",
         "liked_tags_weights",
-        "liked_tags_mean_weight",
-        "liked_tags_length",
+        "liked_tags_summary",
     )
     by_name = {one.name: one for one in schema.features}
     assert by_name["recent_items"].embedding == "item"

@@ -105,7 +105,7 @@ def test_columns_are_read_when_they_are_asked_for(saved, monkeypatch):
     )
     loaded = PreparedDataset.load(saved)
     assert read == ["item_row"]  # the catalogue
-    assert (len(loaded.users), len(loaded.users.encoded), "age" in loaded.users.raw) == (60, 11, True)
+    assert (len(loaded.users), len(loaded.users.encoded), "age" in loaded.users.raw) == (60, 10, True)
     assert read == ["item_row"]
     for _ in range(2):
         assert loaded.users.encoded["age"].shape == (60,)
@@ -393,7 +393,7 @@ def test_a_folder_without_summaries_of_lists_is_read_as_it_is(tmp_path):
     assert json.loads((tmp_path / "old" / "manifest.json").read_text())["format"] == 1
     assert read.digest == digest(small_dataset(), old.fingerprint, 1) != digest(small_dataset(), old.fingerprint)
     assert tuple(read.users.encoded) == read.schema().inputs("user")
-    assert not any(name.endswith("_mean_weight") for name in read.users.encoded)
+    assert not any(name.endswith("_summary") for name in read.users.encoded)
 
 
 def test_digest():

@@ -59,26 +59,27 @@ def test_arrays_are_those_of_before(case, movielens_folder):
         "offset/rating": prepared.offsets["rating"],
     }
     derived = {
-        f"{side}/{name}_{what}"
+        f"{side}/{name}_summary"
         for side in ("user", "latest")
         for name in ("recent_items", "liked_items", "liked_genres")
-        for what in ("mean_weight", "length")
     }
     assert set(received) == set(RECORDED[case]) | derived
     assert {name: received[name] for name in RECORDED[case]} == RECORDED[case]
 
 
 def test_mean_weights_are_those_of_the_rated_films(movielens_folder):
-    users = prepare(datasets.load("movielens", DATA, protocol="ratings")).users
+    prepared = prepare(datasets.load("movielens", DATA, protocol="ratings"))
+    users = prepared.users
     weights = np.asarray(users.raw["recent_items_weights"])
     length = (weights > 0).sum(axis=1)
-    encoded = users.encoded["recent_items_mean_weight"]
+    encoded = users.encoded["recent_items_summary"]
+    bounds = len(prepared.encoder.state["recent_items_mean_weight"])
     assert (encoded[:, 0] == (length == 0)).all()
     # The encoding has the order of the means.
     known = length > 0
     mean = (weights.sum(axis=1) / np.maximum(length, 1))[known]
     order = np.argsort(mean, kind="stable")
-    assert (np.diff(encoded[known][:, 1:].sum(axis=1)[order]) > -1e-4).all()
+    assert (np.diff(encoded[known][:, 1:bounds].sum(axis=1)[order]) > -1e-4).all()
 
 
 def test_every_row_counts_for_the_other_tasks(movielens_folder):
