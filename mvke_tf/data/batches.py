@@ -395,7 +395,10 @@ def _tf_dataset(batches: Callable[[], Iterator[Any]], example: Any) -> Any:
         return keras.tree.pack_sequence_as(example, [parts[place] for place in range(len(arrays))])
 
     signature = tuple(tf.TensorSpec((None,), dtype) for dtype in (np.int32, *places))
-    return tf.data.Dataset.from_generator(packed, output_signature=signature).map(unpacked)
+    # In the pool of the training step, a batch would wait for the step's operations, and they for Python.
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = PREFETCHED
+    return tf.data.Dataset.from_generator(packed, output_signature=signature).map(unpacked).with_options(options)
 
 
 def without_autotuning(dataset: Any) -> Any:
