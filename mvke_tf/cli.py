@@ -341,7 +341,7 @@ def _check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("give one run, such as runs/mine")
     args.run = args.run or args.run_option
     if not args.run.exists():
-        parser.error(f"argument --checkpoint_path: there is nothing at {args.run}")
+        parser.error(f"there is no run at {args.run}; `mvke runs` lists those that are there")
 
 
 def _open(args: argparse.Namespace) -> Any:
@@ -353,6 +353,11 @@ def _open(args: argparse.Namespace) -> Any:
 def _say_next(*commands: Sequence[object]) -> None:
     lines = (shlex.join(["mvke", *map(str, command)]) for command in commands)
     print("\nNext:  " + "\n       ".join(lines))
+
+
+def _export_or_serve(folder: Path) -> tuple[object, ...]:
+    exported = folder / "export"
+    return ("serve", exported) if exported.is_dir() else ("export", folder)
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -569,7 +574,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     run = _open(args)
     report = evaluate_run(run, args.split, args.batch_size, args.calibrated)
     print(f"\n{results_table(report, args.split)}\n\n{run.contents()}")
-    _say_next(("analyze", run.folder), ("export", run.folder))
+    _say_next(("analyze", run.folder), _export_or_serve(run.folder))
 
 
 def _calibrate_options(parser: argparse.ArgumentParser) -> None:
@@ -616,7 +621,7 @@ def _analyze(args: argparse.Namespace) -> None:
     places = {"page": analysis.page, "tables": analysis.folder / "tables", "figures": analysis.folder / "figures"}
     for what, place in places.items():
         print(f"{what + ':':<9}{place}")
-    _say_next(("export", run.folder))
+    _say_next(_export_or_serve(run.folder))
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
@@ -858,7 +863,7 @@ def _profile(args: argparse.Namespace) -> None:
     )
     for task, paths in files.items():
         print(f"{task}: {', '.join(map(str, paths))}")
-    _say_next(("export", run.folder))
+    _say_next(_export_or_serve(run.folder))
 
 
 def _own_config(text: str) -> tuple[str, Path]:

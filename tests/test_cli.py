@@ -206,7 +206,9 @@ def test_a_script_is_the_command(tmp_path):
     arguments = [sys.executable, script, "--checkpoint_path", tmp_path / "missing"]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.endswith(f"error: argument --checkpoint_path: there is nothing at {tmp_path / 'missing'}\n")
+    assert done.stderr.endswith(
+        f"error: there is no run at {tmp_path / 'missing'}; `mvke runs` lists those that are there\n"
+    )
 
 
 def test_a_run_is_needed_once(mvke, tmp_path):

@@ -68,6 +68,8 @@ VALUE_WORDS = frozenset((
 # Grades that users give, of few levels.
 GRADE_WORD = re.compile(r"(rat(e|ed|ing)|star|score|grade)s?")
 MOST_GRADES = 20
+# Of a flag that is 1 in every row of an event: the chance of that, were they independent.
+UNLIKELY = 1e-3
 POSITIVE_VALUES = frozenset(("yes", "y", "true", "t", "1", "positive", "pos", "success", "good", "clicked", "bought"))
 PART_WORDS = {
     "train": ("train", "training"),
@@ -299,6 +301,7 @@ class _Log:
         if not binary and not values:
             flags = [task for one in reversed(left) if one.kind == "flag" for task in _binary_task(one)]
             binary = flags[:1]
+        binary += [task for one in left for task in self._wider_task(one, binary)]
         binary.sort(key=lambda task: -task.positives)
         for task in binary:
             wider = [
@@ -311,9 +314,24 @@ class _Log:
             task.given = min(wider, key=lambda other: other.positives, default=None)
         return binary + [self._value_task(one, binary) for one in values]
 
+    def _wider_task(self, one: _Column, tasks: Sequence[_Task]) -> list[_Task]:
+        """The task of a flag without which no event of another happens, by more than chance: as a feature it would
+        tell the model that event."""
+        if one.kind != "flag" or any(task.label is one for task in tasks) or not self._varies(one):
+            return []
+        for wider in _binary_task(one):
+            for task in tasks:
+                chance = (wider.positives / self.rows) ** task.positives
+                if chance < UNLIKELY and not (task.happened & ~wider.happened).any():
+                    name = task.name or task.label.name
+                    return [dataclasses.replace(wider, note=f"an outcome: {name} is 1 only where it is 1")]
+        return []
+
     def _is_outcome(self, one: _Column) -> bool:
-        if one.kind not in ("integer", "number") or one.known.n_unique() < 3:
-            return False
+        return one.kind in ("integer", "number") and one.known.n_unique() >= 3 and self._varies(one)
+
+    def _varies(self, one: _Column) -> bool:
+        """Whether it is no property of the user or of the item."""
         return all(key is None or self.dependence(one, key) > DEPENDENT for key in (self.user, self.item))
 
     def _value_task(self, one: _Column, binary: Sequence[_Task]) -> _Task:

@@ -202,6 +202,35 @@ def test_grades_become_two_tasks(tmp_path):
     assert "rating" not in [feature.source_column for feature in dataset.features]
 
 
+def test_an_outcome_of_any_name_is_no_feature(tmp_path):
+    """`viewed` would tell a model of `bought` what it is to predict; `mobile` is 1 in all rows of `liked` by chance."""
+    random = np.random.default_rng(0)
+    viewed = random.random(400) < 0.4
+    bought = viewed & (random.random(400) < 0.5)
+    gift = np.flatnonzero(bought)[:3]
+    mobile = random.random(400) < 0.5
+    mobile[gift] = True
+    pl.DataFrame(
+        {
+            "customer": random.integers(0, 40, 400),
+            "product": random.integers(0, 30, 400),
+            "mobile": mobile.astype(int),
+            "viewed": viewed.astype(int),
+            "bought": bought.astype(int),
+            "liked": np.isin(np.arange(400), gift).astype(int),
+        }
+    ).write_csv(tmp_path / "visits.csv")
+    text = draft(tmp_path / "visits.csv")
+    (tmp_path / "visits.toml").write_text(text)
+    dataset = Dataset.from_toml(tmp_path / "visits.toml")
+    assert [(task.name, task.given) for task in dataset.tasks] == [
+        *(("viewed", None), ("bought", "viewed"), ("liked", "bought"))
+    ]
+    assert "mobile" in {feature.source_column for feature in dataset.features}
+    assert "viewed" not in {feature.source_column for feature in dataset.features}
+    assert "# guess: an outcome: bought is 1 only where it is 1" in text
+
+
 def test_a_column_of_parts_splits(tmp_path):
     random = np.random.default_rng(4)
     table = pl.DataFrame(

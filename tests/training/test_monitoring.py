@@ -27,7 +27,7 @@ from mvke_tf.run import Run
 from mvke_tf.run_folder import best_epoch
 from mvke_tf.training import loop, train_run
 from mvke_tf.training.loop import build_training_model
-from mvke_tf.training.monitoring import Monitor, best, item_columns
+from mvke_tf.training.monitoring import Monitor, item_columns, plugins
 from mvke_tf.training.monitoring.gates import ADVICE
 from mvke_tf.training.monitoring.plugins import hyperparameters, shown_items
 from tests.models.problems import CONFIG, ITEMS, ROWS, SCHEMA, USERS, labels, randomize
@@ -278,7 +278,7 @@ def test_names_with_tabs_and_items_in_several_groups_or_none():
 def test_of_many_items_those_with_the_most_training_rows_are_shown(tiny_prepared, monkeypatch):
     rows = np.asarray(tiny_prepared.catalogue)
     assert shown_items(tiny_prepared).tolist() == rows.tolist()
-    monkeypatch.setattr(best, "MOST_ITEMS", 3)
+    monkeypatch.setattr(plugins, "MOST_ITEMS", 3)
     shown = shown_items(tiny_prepared)
     keys = np.asarray(tiny_prepared.items.key)
     seen = keys[np.asarray(tiny_prepared.item_row)[tiny_prepared.part_rows("train")]]
