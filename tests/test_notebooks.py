@@ -81,7 +81,7 @@ def test_expert_weights(run):
     # The finding: kernels that start small leave the gate uniform.
     assert values["states"] == ["uniform", "uniform"]
     for entropy in values["entropy"].values():
-        assert entropy["0.01"] > 0.995 and 1 - entropy["1.0"] > 20 * (1 - entropy["0.01"])
+        assert entropy["0.01"] > 0.995 and 1 - entropy["1.0"] > 100 * (1 - entropy["0.01"])
     assert values["explained_error"] < 1e-5 and values["model_error"] < 1e-5
     assert values["rated"] == [] and values["tasks"] == ["ctr", "cvr"]
     assert values["kernels"] == [3, 5]
@@ -112,8 +112,9 @@ def test_custom_experts_and_gates(run):
     assert report["ctr"]["auc"] > 0.7 and report["cvr"]["auc"] > 0.7 and report["cvr"]["auc_given"] > 0.6
     assert report["rating"]["rmse"] < values["constant_rmse"]
     assert set(values["log_variances"]) == {"ctr", "cvr", "rating"}
-    # They begin at 0 exactly.
-    assert all(value != 0 for value in values["log_variances"].values())
+    # They begin at 0 exactly, and one of them may be on its way back.
+    moved = sorted(map(abs, values["log_variances"].values()))
+    assert moved[0] > 0 and moved[1] > 1e-2
     assert values["rows"]["rating"] < values["rows"]["ctr"] == values["rows"]["cvr"] == values["pairs"]
 
 

@@ -468,10 +468,10 @@ class Encoder:
                 filled = weights > 0
                 encoded[feature.name] = tf.where(filled, self._index(feature, values), 0)
                 # An empty list is one "unknown": a zero vector would have no direction for a layer norm.
-                lone_unknown = ~tf.reduce_any(filled, axis=1, keepdims=True) & (tf.range(feature.length) == 0)
+                known = tf.reduce_any(filled, axis=1, keepdims=True)
+                lone_unknown = ~known & (tf.range(feature.length) == 0)
                 encoded[feature.name + WEIGHTS_SUFFIX] = tf.where(filled, weights, tf.cast(lone_unknown, tf.float32))
                 if feature.summary:
-                    known = tf.reduce_any(filled, axis=1, keepdims=True)
                     mean, length = (
                         self._number(number, known, of_lists[:, None])
                         for number, of_lists in zip(feature.summaries, _summarised(weights), strict=True)

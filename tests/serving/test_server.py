@@ -28,6 +28,8 @@ from mvke_tf.serving.rest.server import Watch, bind, newest_version, serve, url
 from tests.serving.helpers import pair_rows
 from tests.serving.rest_helpers import ANSWER, GOOD, Client, Stub, answer
 
+pytestmark = pytest.mark.slow
+
 HEAD = b"POST /v1/models/mvke:predict HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -223,6 +225,24 @@ def test_descriptions_are_taken_where_there_are_any(toy_export, tmp_path, text, 
     }
     (folder / DESCRIPTIONS_FILE).write_text("{")
     with pytest.raises(DataError, match=r"signatures\.json is no valid JSON"):
+        ServedModel(folder)
+
+
+def test_every_file_of_an_export_is_checked(exported, tmp_path):
+    """A bit of the graph or of a description may be as valid as the one before."""
+    for name in json.loads((exported / DESCRIPTIONS_FILE).read_text())["files"]:
+        folder = Path(shutil.copytree(exported, tmp_path / name.replace("/", "_")))
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{re.escape(str(folder / name))} is damaged: .*mvke export"):
+            ServedModel(folder)
+
+
+def test_an_export_of_a_newer_version_is_refused(toy_export, tmp_path):
+    folder = Path(shutil.copytree(toy_export / "7", tmp_path / "7"))
+    (folder / DESCRIPTIONS_FILE).write_text('{"format": 9, "signatures": {}}')
+    with pytest.raises(DataError, match=r"newer version of mvke_tf. Update mvke_tf.* Received: 9"):
         ServedModel(folder)
 
 
