@@ -1,6 +1,7 @@
 """Batches of interactions: encoded tables, gathered by row in a seeded order, shard by shard where there are several.
 
-Batches are made with NumPy alone; under TensorFlow `tf.data` wraps them, other backends read them as they are.
+Batches are made with NumPy alone. Under TensorFlow `tf.data` wraps them, and gathers the rows itself where all data are
+in memory: no step runs Python then.
 """
 
 from __future__ import annotations
@@ -150,12 +151,12 @@ class Batches:
 
     def in_order(self) -> Any:
         """One epoch in the order of the pairs, of known length."""
-        return self._dataset(lambda start: self._batches(None, start))
+        return self._dataset(lambda: None)
 
     def shuffled(self, seed: int) -> Any:
         """One epoch in a new seeded order each time it is iterated, of known length: for `model.fit` by hand."""
         number = itertools.count()
-        return self._dataset(lambda start: self._batches((seed, next(number)), start))
+        return self._dataset(lambda: (seed, next(number)))
 
     def epoch(self, seed: int, number: int, start: int = 0) -> Any:
         """One epoch whose order depends on the seed and its number alone, from a step on: what resuming needs.
@@ -163,22 +164,67 @@ class Batches:
         Returns:
             A `tf.data.Dataset` under TensorFlow, else a `keras.utils.PyDataset`.
         """
-        return self._dataset(lambda step: self._batches((seed, number), start + step), self.steps - start)
+        return self._dataset(lambda: (seed, number), start)
 
     def arrays(self, seed: int, number: int, start: int = 0) -> Iterator[tuple[dict[str, Any], ...]]:
         """The same as NumPy arrays."""
         return self._batches((seed, number), start)
 
-    def _dataset(self, batches: Callable[[int], Iterator[Any]], steps: int | None = None) -> Any:
-        steps = self.steps if steps is None else steps
+    def _dataset(self, seed: Callable[[], tuple[int, int] | None], start: int = 0) -> Any:
+        """An epoch in the order of the seed that each iteration asks for."""
         if keras.backend.backend() != "tensorflow":
-            return _Epoch(batches, steps)
+            return _Epoch(lambda step: self._batches(seed(), start + step), self.steps - start)
         import tensorflow as tf
 
         with tf.device("CPU"):
-            dataset = _tf_dataset(lambda: batches(0), self._example)
-            dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(PREFETCHED)
-        return without_autotuning(dataset)
+            if self._whole:
+                dataset = self._gathered(lambda: self._whole.permuted(seed()), start)
+            else:
+                dataset = _tf_dataset(lambda: self._batches(seed(), start), self._example)
+            dataset = dataset.apply(tf.data.experimental.assert_cardinality(self.steps - start))
+        return without_autotuning(dataset.prefetch(PREFETCHED))
+
+    def _gathered(self, order: Callable[[], np.ndarray], start: int) -> Any:
+        """The same batches as `_batches`, gathered by TensorFlow: a third of NumPy's time at batch 256."""
+        import tensorflow as tf
+
+        users, items, user_rows, item_rows, *by_task = self._tensors
+
+        def batch(order: Any, step: Any) -> tuple[dict[str, Any], ...]:
+            pairs = order[step * self.batch_size : (step + 1) * self.batch_size]
+            inputs: dict[str, Any] = {}
+            for table, rows, name in ((users, user_rows, USER_ROWS), (items, item_rows, ITEM_ROWS)):
+                found = tf.gather(rows, pairs)
+                if self.deduplicate:
+                    found, inputs[name] = tf.unique(found)
+                    if self.pad:
+                        found = tf.pad(found, [[0, -tf.shape(found)[0] % self.pad]])
+                inputs |= {column: tf.gather(values, found) for column, values in table.items()}
+            return inputs, *({task: tf.gather(column, pairs) for task, column in one.items()} for one in by_task)
+
+        orders = tf.data.Dataset.from_generator(lambda: [order()], output_signature=tf.TensorSpec((None,), tf.int32))
+        return orders.flat_map(
+            lambda order: tf.data.Dataset.range(start, self.steps, output_type=tf.int32).map(
+                lambda step: batch(order, step), num_parallel_calls=PREFETCHED, deterministic=True
+            )
+        )
+
+    @functools.cached_property
+    def _tensors(self) -> tuple[Any, ...]:
+        """Users, items, the rows of each pair in them, labels and, where there are any, weights."""
+        import tensorflow as tf
+
+        data, ones = self.data, np.ones(len(self.data), np.float32)
+        weights = {task: data.weights.get(task, ones) for task in data.labels} if data.weights else {}
+        return (
+            *({name: tf.constant(column) for name, column in table.items()} for table in (data.users, data.items)),
+            *(tf.constant(rows, tf.int32) for rows in (data.user_rows, data.item_rows)),
+            *(
+                {task: tf.constant(column[:, None], tf.float32) for task, column in columns.items()}
+                for columns in (data.labels, weights)
+                if columns
+            ),
+        )
 
     @functools.cached_property
     def _example(self) -> tuple[dict[str, Any], ...]:
@@ -198,13 +244,12 @@ class Batches:
                 skipped -= pairs
                 continue
             window = self._whole or _Window.of([self._shards.read(one) for one in shards], self.deduplicate)
-            if seed is None:
+            if len(sizes) == 1:
+                pair_order = window.permuted(seed)
+            elif seed is None:
                 pair_order = np.arange(pairs)
-            elif len(sizes) == 1:
-                pair_order = window.order(lambda count: permutation(count, seed))
             else:
-                random = np.random.default_rng([*seed, number])
-                pair_order = window.order(random.permutation)
+                pair_order = window.order(np.random.default_rng([*seed, number]).permutation)
             yield window, pair_order[skipped:]
             skipped = 0
 
@@ -308,6 +353,10 @@ class _Window:
         start, count = self.start[states], self.count[states]
         offset = np.arange(len(self.data)) - np.repeat(np.cumsum(count) - count, count)
         return self.by_user[np.repeat(start, count) + offset]
+
+    def permuted(self, seed: tuple[int, int] | None) -> np.ndarray:
+        """The order of the pairs where the window is the whole epoch."""
+        return np.arange(len(self.data)) if seed is None else self.order(lambda count: permutation(count, seed))
 
 
 def _together(shards: Sequence[Interactions]) -> Interactions:

@@ -137,6 +137,23 @@ def test_epochs_depend_on_seed_and_number_alone(data, deduplicate):
     assert order(read(batches.epoch(6, 0))) != orders[0]
 
 
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_tensorflow_gathers_what_numpy_does(data, deduplicate):
+    batches = Batches(data, 64, deduplicate, pad=8)
+    for (start, gathered), plain in zip(
+        ((start, batches.epoch(3, 1, start)) for start in (0, 2)),
+        (batches.arrays(3, 1, start) for start in (0, 2)),
+        strict=True,
+    ):
+        arrays = list(plain)
+        assert len(arrays) == batches.steps - start
+        for ours, theirs in zip(gathered.as_numpy_iterator(), arrays, strict=True):
+            keras.tree.assert_same_structure(ours, theirs)
+            for one, other in zip(keras.tree.flatten(ours), keras.tree.flatten(theirs), strict=True):
+                assert one.dtype == other.dtype
+                np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("global_seed", [0, 1])
 def test_epochs_do_not_depend_on_the_global_seed(data, global_seed):
     expected = order(read(Batches(data, BATCH).epoch(5, 0)))
