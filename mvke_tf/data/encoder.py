@@ -384,6 +384,20 @@ class Encoder:
                 inputs[name] = (dtype, 2 if feature.is_list or feature.raw == "vector" else 1, feature)
         return inputs
 
+    def example(self, feature: EncodedFeature) -> Any:
+        """A raw value that training knows, as JSON has it; None where the encoder holds none."""
+        state = self.state.get(feature.table)
+        if feature.encode == "integer":
+            value: Any = 0
+        elif not state:
+            return None
+        elif feature.encode == "vocabulary":
+            value = state[0]
+        else:
+            is_mean = feature.encode == "number" and feature.scaling == "standard"
+            value = float(f"{state[0 if is_mean else len(state) // 2]:.6g}")
+        return [value] if feature.is_list else value
+
     def schema_features(self) -> tuple[Feature, ...]:
         """The encoded features, as a `mvke_tf.schema.Schema` has them."""
         found = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from mvke_tf.data.encoder import EncodedFeature, Encoder
+from mvke_tf.data.encoder import RAW_UNKNOWN, EncodedFeature, Encoder
 from mvke_tf.schema import WEIGHTS_SUFFIX
 
 _UNKNOWN = {
@@ -32,15 +32,23 @@ class TensorField:
         dtype: Name of the TensorFlow dtype.
         shape: Its axes; -1 is any size.
         description: What it means.
+        unknown: What stands for "unknown" in it, `"NaN"` for that number; None if nothing does.
+        example: A legal value of one row, if one is known.
     """
 
     dtype: str
     shape: tuple[int, ...]
     description: str
+    unknown: str | int | None = None
+    example: Any = None
 
     def spec(self, name: str) -> tf.TensorSpec:
         """The same for TensorFlow."""
         return tf.TensorSpec([None if size == -1 else size for size in self.shape], self.dtype, name)
+
+    def describe(self) -> dict[str, Any]:
+        """A dictionary for `signatures.json`."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 Fields = dict[str, TensorField]
@@ -78,18 +86,22 @@ class Signature:
             # Each row of the outputs depends on the same row of the inputs only: servers may answer several requests
             # in one call.
             "by_row": True,
-            "inputs": {name: dataclasses.asdict(field) for name, field in self.inputs.items()},
-            "outputs": {name: dataclasses.asdict(field) for name, field in self.outputs.items()},
+            "inputs": {name: field.describe() for name, field in self.inputs.items()},
+            "outputs": {name: field.describe() for name, field in self.outputs.items()},
         }
         return {**described, "cost": dict(self.cost)} if self.cost else described
 
 
 def tower_inputs(encoder: Encoder, tower: str) -> Fields:
     """The raw features of one tower by name; a list has a second input, `<name>_weights`."""
-    return {
-        name: TensorField(dtype, _shape(rank, feature), _describe(name, feature))
-        for name, (dtype, rank, feature) in encoder.raw_inputs(tower).items()
-    }
+    fields = {}
+    for name, (dtype, rank, feature) in encoder.raw_inputs(tower).items():
+        values = (None, None)
+        if name == feature.name:
+            unknown = RAW_UNKNOWN[feature.raw]
+            values = ("NaN" if isinstance(unknown, float) else unknown, encoder.example(feature))
+        fields[name] = TensorField(dtype, _shape(rank, feature), _describe(name, feature), *values)
+    return fields
 
 
 def _shape(rank: int, feature: EncodedFeature) -> tuple[int, ...]:

@@ -18,7 +18,9 @@ import pytest
 import tensorflow as tf
 import uvicorn
 
+from mvke_tf.data.encoder import RAW_UNKNOWN
 from mvke_tf.errors import ConfigError, DataError
+from mvke_tf.schema import TOWERS
 from mvke_tf.serving import export_saved_model
 from mvke_tf.serving.export import SIGNATURES_FILE
 from mvke_tf.serving.rest.app import Application, Limits
@@ -330,6 +332,41 @@ def test_an_exported_model_answers_as_its_saved_model(tiny_run, tmp_path):
         assert float(tf.reduce_max(values) - tf.reduce_min(values)) > 0.01
         assert tf.reduce_all(tf.constant(outputs[task], tf.float32) == values)
         assert [row[task] for row in by_row["predictions"]] == outputs[task]
+
+
+def test_null_is_unknown_and_the_example_has_values_that_training_knows(tiny_run, tmp_path):
+    encoder = tiny_run.encoder
+    model = ServedModel(export_saved_model(tiny_run.load_model(), encoder, tmp_path / "export"))
+    row = model.example("serving_default")["instances"][0]
+    inputs = {name: feature for side in TOWERS for name, (_, _, feature) in encoder.raw_inputs(side).items()}
+    assert row.keys() == inputs.keys()
+    kinds = set()
+    for name, feature in inputs.items():
+        value = row[name][0] if feature.is_list else row[name]
+        if name != feature.name:
+            assert value == 1
+        elif feature.encode == "vocabulary":
+            assert value == encoder.state[feature.table][0]
+        elif feature.encode in ("buckets", "number"):
+            bounds = encoder.state[feature.name]
+            if feature.encode == "number" and feature.scaling == "standard":
+                assert value == pytest.approx(bounds[0], rel=1e-5)
+            else:
+                assert bounds[0] <= value <= bounds[-1]
+        kinds.add(feature.raw)
+    assert {"string", "integer", "number"} <= kinds
+
+    scalars = [name for name, feature in inputs.items() if not feature.is_list and feature.raw != "vector"]
+    with Client(Application(model)) as client:
+        known = answer(client, {"instances": [row]})["predictions"][0]
+        for name in scalars:
+            null, nan = ({"instances": [row | {name: value}]} for value in (None, RAW_UNKNOWN[inputs[name].raw]))
+            assert answer(client, null) == answer(client, nan)
+        nothing = answer(client, {"instances": [row | dict.fromkeys(scalars)]})["predictions"][0]
+        assert any(abs(known[task] - nothing[task]) > 1e-4 for task in known)
+        listed = next(name for name, feature in inputs.items() if name != feature.name)
+        refused = client.post("/v1/models/mvke:predict", json={"instances": [row | {listed: [None]}]})
+        assert refused.status_code == 400 and listed in refused.json()["error"]
 
 
 # --- the process

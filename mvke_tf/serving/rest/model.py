@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,7 @@ class ServedModel:
         }
 
     def example(self, signature: str) -> dict[str, Any]:
-        """A request with one made-up row, good for a warm-up and as a pattern."""
+        """A request with one row, of the examples in `signatures.json` or made up: a warm-up and a pattern."""
         specs = self.inputs(signature)
         columns = {name: _example(spec) for name, spec in specs.items()}
         request = {} if signature == DEFAULT_SIGNATURE else {"signature_name": signature}
@@ -256,15 +257,19 @@ def _input_specs(function: Any, described: Mapping[str, Any]) -> dict[str, Input
     specs = function.structured_input_signature[1]
     # In the order of signatures.json where there is one: users first, and lists beside their weights.
     order = {name: number for number, name in enumerate(described)}
-    return {
-        name: InputSpec(
+    inputs = {}
+    for name in sorted(specs, key=lambda name: (order.get(name, len(order)), name)):
+        entry, shape = _entry(described, name), specs[name].shape
+        unknown = math.nan if entry.get("unknown") == "NaN" else entry.get("unknown")
+        inputs[name] = InputSpec(
             name,
             specs[name].dtype.name,
-            None if specs[name].shape.rank is None else tuple(specs[name].shape),
-            _text(_entry(described, name)),
+            None if shape.rank is None else tuple(shape),
+            _text(entry),
+            unknown,
+            entry.get("example"),
         )
-        for name in sorted(specs, key=lambda name: (order.get(name, len(order)), name))
-    }
+    return inputs
 
 
 def _tensor_info(info: Any) -> dict[str, Any]:
@@ -279,6 +284,8 @@ def _tensor_info(info: Any) -> dict[str, Any]:
 
 
 def _example(spec: InputSpec) -> Any:
+    if spec.shape and spec.example is not None:
+        return [spec.example]
     kind = tf.as_dtype(spec.dtype)
     value: Any = "a" if kind == tf.string else True if kind == tf.bool else 1.0 if kind.is_floating else 1
     for size in reversed(spec.shape if spec.shape is not None else (1,)):

@@ -69,12 +69,16 @@ class InputSpec:
         dtype: Name of the TensorFlow dtype.
         shape: Its axes, None for any size; None if even their number is free.
         description: What it means, if that is known.
+        unknown: The value that `null` stands for; None if it stands for nothing.
+        example: A legal value of one row, if one is known.
     """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...] | None
     description: str = ""
+    unknown: Any = None
+    example: Any = None
 
     def __str__(self) -> str:
         axes = (
@@ -298,6 +302,8 @@ def _array(spec: InputSpec, value: Any, by_rows: bool, max_values: int) -> np.nd
     kind = _KINDS.get(spec.dtype)
     if kind is None:
         raise RequestError(f"JSON has no values for the input {spec}. Use another signature. Received: a value", 501)
+    if spec.unknown is not None:
+        flat = [spec.unknown if item is None else item for item in flat]
     wrong = _first(flat, lambda item: not kind.valid(item))
     if wrong is not None:
         raise RequestError(
