@@ -67,7 +67,13 @@ class RunFolder:
         self.log_file = self.folder / "log.csv"
         self.warnings_file = self.folder / "warnings.txt"
         self.mlflow_file = self.folder / "mlflow.json"
+        self.analysis = self.folder / "analysis"
         self.export = self.folder / "export"
+        self.profiles = self.folder / "profiles"
+
+    def groups_file(self, part: str) -> Path:
+        """Metrics of one part by group."""
+        return self.folder / f"{part}_groups.csv"
 
     @classmethod
     def open(cls, path: Path, model: str | None = None) -> Self:
@@ -106,9 +112,12 @@ class RunFolder:
             "warnings": self.warnings_file,
             "TensorBoard": self.logs,
             "report": self.report_file,
+            **{path.stem.replace("_", " "): path for path in sorted(self.folder.glob(self.groups_file("*").name))},
             "calibration": self.calibration_file,
             "figures": self.figures,
+            "analysis": self.analysis,
             "SavedModel": self.export,
+            "profiles": self.profiles,
         }
         return "\n".join(f"{what + ':':<17}{path}" for what, path in made.items() if path.exists())
 
@@ -339,7 +348,8 @@ def results_table(report: Report, part: str) -> str:
     cells = [[*names, *(name.replace("_", " ") for name in columns)]]
     for task in report[part]:
         for users, tasks in splits.items():
-            if task in tasks:
+            # No row of new users, say, is no row of the table.
+            if task in tasks and (users == "all" or tasks[task].get("rows") != 0):
                 cells.append([*[task, users][: len(names)], *(cell(tasks[task].get(name)) for name in columns)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [

@@ -83,7 +83,7 @@ def analyze_run(
         MissingExtraError: If the map needs an extra that is not installed.
         RunError: If the run has no checkpoint or no data.
     """
-    out = run.folder / "analysis" if out is None else Path(out)
+    out = run.analysis if out is None else Path(out)
     _check_target(out)
     if map_method not in tables.MAPS:
         raise ConfigError(f"The map of the items must be one of {', '.join(tables.MAPS)}. Received: {map_method!r}")

@@ -107,7 +107,7 @@ def _write_pictures(run: Run, found: Sequence[Outcome], kinds: dict[str, str], p
             figures[f"groups_{grouping.variable}"] = groups_figure(by_group, grouping, kinds, part)
     for name, figure in figures.items():
         save_figure(figure, run.figures / f"{part}_{name}.png")
-    with atomic_write(run.folder / f"{part}_groups.csv") as temporary:
+    with atomic_write(run.groups_file(part)) as temporary:
         by_group.map(csv_safe).to_csv(temporary, index=False, float_format="%.8g")
 
 

@@ -249,7 +249,8 @@ def test_all_kinds_of_tasks_of_a_run_are_reported(tmp_path):
 def test_results_table_is_aligned():
     metrics = {"auc": 0.5, "gauc": None, "log_loss": 0.6931, "calibration_error": 0.01, "rows": 12345, "positives": 9}
     tasks = {"click": metrics, "buy": {**metrics, "auc_given": 0.25}}
-    report = {"test": tasks, "test_warm_users": tasks, "validation": tasks}
+    nobody = {task: dict.fromkeys(metrics) | {"rows": 0, "positives": 0} for task, metrics in tasks.items()}
+    report = {"test": tasks, "test_warm_users": tasks, "test_cold_users": nobody, "validation": tasks}
     lines = results_table(report, "test").splitlines()
     assert lines[0].split("  ")[0] == "task"
     assert [line.split()[:2] for line in lines[2:]] == [

@@ -71,7 +71,7 @@ def profile_run(
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
         raise ConfigError(f"`formats` must be some of {FORMATS}. Received: {tuple(formats)}")
-    folder = Path(folder or run.folder / "profiles")
+    folder = Path(folder or run.profiles)
     chosen = Users.of(run.prepared, users, exclude_seen)
     candidates = Candidates.of(run.prepared, by)
     model = run.load_model(calibrated=True)
