@@ -285,7 +285,7 @@ def _card(row: dict) -> str:
     if row["items"]:
         lines.append(f"Most for: {row['items']}.")
     if np.isfinite(row["difference"]):
-        lines.append(f"Without it {row['metric'].upper()} {row['difference']:+.4f}.")
+        lines.append(f"Without it {row['metric'].upper()} {row['difference']:+z.4f}.")
     if row["most_similar"] >= 0:
         lines.append(f"Most similar: expert {row['most_similar']} (CKA {row['cka']:.2f}).")
     # A line break in a name must not end a line of the card.
@@ -318,7 +318,7 @@ def usage_chapter(subject: Subject) -> Chapter | None:
         return None
     used = [f"{row.task} expert {row.expert}: {row.mean_weight:.2f}" for row in subject.used.itertuples()]
     entropy = [f"{row.task}: {row.impression_entropy_share:.1%}" for row in subject.entropy.itertuples()]
-    worth = [f"{row.task} {row.change}: {row.difference:+.4f}" for row in subject.effect.itertuples()]
+    worth = [f"{row.task} {row.change}: {row.difference:+z.4f}" for row in subject.effect.itertuples()]
     pictures = (
         _picture("utilisation", figures.utilisation_figure(subject.used), f"Mean gate weights. {'; '.join(used)}."),
         _picture(

@@ -161,8 +161,8 @@ class _Worth:
         worst = removed.loc[((1 if metric == "auc" else -1) * removed["difference"]).idxmin()]
         sentence = (
             f"{metric.upper()} {trained['value']:.4f}; with the mean weights for every impression {mean['value']:.4f} "
-            f"({mean['difference']:+.4f}). The most valuable expert is {worst['expert']}: without it "
-            f"{worst['value']:.4f} ({worst['difference']:+.4f})."
+            f"({mean['difference']:+z.4f}). The most valuable expert is {worst['expert']}: without it "
+            f"{worst['value']:.4f} ({worst['difference']:+z.4f})."
         )
         if metric == "auc":
             return cls(-mean["difference"], sentence)

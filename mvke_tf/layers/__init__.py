@@ -1,6 +1,5 @@
 """Keras layers of the multi-task models, in `keras.ops` only."""
 
-from mvke_tf.layers.balance import TaskBalance
 from mvke_tf.layers.calibration import CalibratedLogit, LogitMap
 from mvke_tf.layers.embedding import FieldEmbedding, ReplaceByUnknown, SliceFields, StackFields
 from mvke_tf.layers.experts import ConvolutionalExpert, Experts, SelectExperts
@@ -14,6 +13,7 @@ from mvke_tf.layers.gates import (
     VirtualKernelGate,
 )
 from mvke_tf.layers.heads import ClassHead, CountHead, GatherRows, JointLogit, RegressionHead, RowDot
+from mvke_tf.layers.task_balance import TaskBalance
 from mvke_tf.layers.task_uncertainty import TaskUncertainty
 from mvke_tf.layers.virtual_kernels import VirtualKernelAttention, VirtualKernels
 

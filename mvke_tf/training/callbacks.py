@@ -16,8 +16,8 @@ from mvke_tf.errors import TrainingError
 from mvke_tf.models import TwoTowerModel
 from mvke_tf.run import Progress, Run
 from mvke_tf.run_folder import History, best_epoch
-from mvke_tf.training.balancing import BalancedModel
 from mvke_tf.training.monitoring import Monitor
+from mvke_tf.training.task_balance import BalancedModel
 from mvke_tf.training.validation import Validation
 
 LINE_WIDTH = 100

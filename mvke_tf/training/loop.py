@@ -28,11 +28,11 @@ from mvke_tf.models import TwoTowerModel, build_model, check_model, unread_setti
 from mvke_tf.run import Run
 from mvke_tf.run_folder import History, best_epoch, is_finished, resume_command
 from mvke_tf.schema import Schema, Task
-from mvke_tf.training.balancing import balanced
 from mvke_tf.training.callbacks import EpochLine, EpochWatch, RunKeeper
 from mvke_tf.training.memory import check_memory, describe_memory, table_memory
 from mvke_tf.training.monitoring import MlflowLogger, Monitor, write_best
-from mvke_tf.training.tables import RowSparseAdam, row_sparse
+from mvke_tf.training.row_sparse import RowSparseAdam, row_sparse
+from mvke_tf.training.task_balance import balanced
 from mvke_tf.training.validation import Validation
 
 LOGGER = logging.getLogger(__name__)

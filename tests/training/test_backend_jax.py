@@ -12,10 +12,10 @@ from tests.conftest import REPOSITORY
 from tests.golden import FOLDER
 from tests.small import small_prepared
 
-# Two of `test_tables.py`; every other test of a training step would cost one more compilation.
+# Two of `test_row_sparse.py`; every other test of a training step would cost one more compilation.
 ROW_SPARSE = (
-    "tests/training/test_tables.py::test_lazy_adam_is_the_dense_optimizer_where_every_row_is_touched[clipped]",
-    "tests/training/test_tables.py::test_rows_that_are_not_touched_do_not_move_at_all[rowwise_adagrad]",
+    "tests/training/test_row_sparse.py::test_lazy_adam_is_the_dense_optimizer_where_every_row_is_touched[clipped]",
+    "tests/training/test_row_sparse.py::test_rows_that_are_not_touched_do_not_move_at_all[rowwise_adagrad]",
 )
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from keras import ops
 from mvke_tf.layers import TaskBalance
 from mvke_tf.losses import task_losses
 from mvke_tf.models import MultiTaskModel
-from mvke_tf.training.balancing import balanced
+from mvke_tf.training.task_balance import balanced
 from tests.layer_checks import assert_close
 from tests.models.problems import JIT_COMPILE
 
