@@ -323,7 +323,8 @@ class _Log:
             for task in tasks:
                 chance = (wider.positives / self.rows) ** task.positives
                 if chance < UNLIKELY and not (task.happened & ~wider.happened).any():
-                    name = task.name or task.label.name
+                    # In a comment, where TOML allows no control character.
+                    name = _toml(task.name or task.label.name)[1:-1]
                     return [dataclasses.replace(wider, note=f"an outcome: {name} is 1 only where it is 1")]
         return []
 

@@ -210,7 +210,7 @@ def test_an_outcome_of_any_name_is_no_feature(tmp_path):
     gift = np.flatnonzero(bought)[:3]
     mobile = random.random(400) < 0.5
     mobile[gift] = True
-    pl.DataFrame(
+    visits = pl.DataFrame(
         {
             "customer": random.integers(0, 40, 400),
             "product": random.integers(0, 30, 400),
@@ -219,7 +219,8 @@ def test_an_outcome_of_any_name_is_no_feature(tmp_path):
             "bought": bought.astype(int),
             "liked": np.isin(np.arange(400), gift).astype(int),
         }
-    ).write_csv(tmp_path / "visits.csv")
+    )
+    visits.write_csv(tmp_path / "visits.csv")
     text = draft(tmp_path / "visits.csv")
     (tmp_path / "visits.toml").write_text(text)
     dataset = Dataset.from_toml(tmp_path / "visits.toml")
@@ -229,6 +230,11 @@ def test_an_outcome_of_any_name_is_no_feature(tmp_path):
     assert "mobile" in {feature.source_column for feature in dataset.features}
     assert "viewed" not in {feature.source_column for feature in dataset.features}
     assert "# guess: an outcome: bought is 1 only where it is 1" in text
+
+    visits.rename({"bought": "bought\x1f"}).write_csv(tmp_path / "strange.csv")
+    text = draft(tmp_path / "strange.csv")
+    assert "# guess: an outcome: bought\\u001f is 1 only where it is 1" in text
+    assert list(tomllib.loads(text)["tasks"]) == ["viewed", "bought", "liked"]
 
 
 def test_a_column_of_parts_splits(tmp_path):
