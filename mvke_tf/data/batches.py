@@ -178,17 +178,17 @@ class Batches:
 
         with tf.device("CPU"):
             if self._whole:
-                dataset = self._gathered(lambda: self._whole.permuted(seed()), start)
+                dataset = self._gathered(self._whole, seed, start)
             else:
                 dataset = _tf_dataset(lambda: self._batches(seed(), start), self._example)
             dataset = dataset.apply(tf.data.experimental.assert_cardinality(self.steps - start))
         return without_autotuning(dataset.prefetch(PREFETCHED))
 
-    def _gathered(self, order: Callable[[], np.ndarray], start: int) -> Any:
+    def _gathered(self, whole: _Window, seed: Callable[[], tuple[int, int] | None], start: int) -> Any:
         """The same batches as `_batches`, gathered by TensorFlow: a third of NumPy's time at batch 256."""
         import tensorflow as tf
 
-        users, items, user_rows, item_rows, *by_task = self._tensors
+        users, items, user_rows, item_rows, *by_task = whole.tensors
 
         def batch(order: Any, step: Any) -> tuple[dict[str, Any], ...]:
             pairs = order[step * self.batch_size : (step + 1) * self.batch_size]
@@ -202,28 +202,13 @@ class Batches:
                 inputs |= {column: tf.gather(values, found) for column, values in table.items()}
             return inputs, *({task: tf.gather(column, pairs) for task, column in one.items()} for one in by_task)
 
-        orders = tf.data.Dataset.from_generator(lambda: [order()], output_signature=tf.TensorSpec((None,), tf.int32))
+        orders = tf.data.Dataset.from_generator(
+            lambda: [whole.permuted(seed())], output_signature=tf.TensorSpec((None,), tf.int32)
+        )
         return orders.flat_map(
             lambda order: tf.data.Dataset.range(start, self.steps, output_type=tf.int32).map(
                 lambda step: batch(order, step), num_parallel_calls=PREFETCHED, deterministic=True
             )
-        )
-
-    @functools.cached_property
-    def _tensors(self) -> tuple[Any, ...]:
-        """Users, items, the rows of each pair in them, labels and, where there are any, weights."""
-        import tensorflow as tf
-
-        data, ones = self.data, np.ones(len(self.data), np.float32)
-        weights = {task: data.weights.get(task, ones) for task in data.labels} if data.weights else {}
-        return (
-            *({name: tf.constant(column) for name, column in table.items()} for table in (data.users, data.items)),
-            *(tf.constant(rows, tf.int32) for rows in (data.user_rows, data.item_rows)),
-            *(
-                {task: tf.constant(column[:, None], tf.float32) for task, column in columns.items()}
-                for columns in (data.labels, weights)
-                if columns
-            ),
         )
 
     @functools.cached_property
@@ -357,6 +342,23 @@ class _Window:
     def permuted(self, seed: tuple[int, int] | None) -> np.ndarray:
         """The order of the pairs where the window is the whole epoch."""
         return np.arange(len(self.data)) if seed is None else self.order(lambda count: permutation(count, seed))
+
+    @functools.cached_property
+    def tensors(self) -> tuple[Any, ...]:
+        """Users, items, the rows of each pair in them, labels and, where there are any, weights."""
+        import tensorflow as tf
+
+        data, ones = self.data, np.ones(len(self.data), np.float32)
+        weights = {task: data.weights.get(task, ones) for task in data.labels} if data.weights else {}
+        return (
+            *({name: tf.constant(column) for name, column in table.items()} for table in (data.users, data.items)),
+            *(tf.constant(rows, tf.int32) for rows in (data.user_rows, data.item_rows)),
+            *(
+                {task: tf.constant(column[:, None], tf.float32) for task, column in columns.items()}
+                for columns in (data.labels, weights)
+                if columns
+            ),
+        )
 
 
 def _together(shards: Sequence[Interactions]) -> Interactions:

@@ -96,11 +96,11 @@ def tower_inputs(encoder: Encoder, tower: str) -> Fields:
     """The raw features of one tower by name; a list has a second input, `<name>_weights`."""
     fields = {}
     for name, (dtype, rank, feature) in encoder.raw_inputs(tower).items():
-        values = (None, None)
+        field = TensorField(dtype, _shape(rank, feature), _describe(name, feature))
         if name == feature.name:
-            unknown = RAW_UNKNOWN[feature.raw]
-            values = ("NaN" if isinstance(unknown, float) else unknown, encoder.example(feature))
-        fields[name] = TensorField(dtype, _shape(rank, feature), _describe(name, feature), *values)
+            unknown = "NaN" if dtype == "float32" else RAW_UNKNOWN[feature.raw]
+            field = dataclasses.replace(field, unknown=unknown, example=encoder.example(feature))
+        fields[name] = field
     return fields
 
 
