@@ -556,12 +556,12 @@ def _after(run: Any, state: str, report: Any) -> list[Sequence[object]]:
     return [("serve", run.export), ("profile", run.folder)]
 
 
-def _part_option(parser: argparse.ArgumentParser, *names: str) -> None:
-    parser.add_argument(*names, dest="split", choices=PARTS, default="test", help="part of the data (default: test)")
+def _part_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", "--part", choices=PARTS, default="test", help="part of the data (default: test)")
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
-    _part_option(parser, "--split", "--part")
+    _part_option(parser)
     parser.add_argument("--batch_size", type=positive_int, default=4096, help="rows per step (default: 4096)")
     parser.add_argument("--calibrated", action="store_true", help="with the calibration of `mvke calibrate`")
 
@@ -597,8 +597,10 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _analyze_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, help="folder to write to (default: analysis in the folder of the run)")
-    _part_option(parser, "--part", "--split")
+    parser.add_argument(
+        "--output_dir", "--out", dest="output_dir", type=Path, help="folder to write to (default: <run>/analysis)"
+    )
+    _part_option(parser)
     parser.add_argument("--user", help="id of the user to explain (default: the one with the most impressions)")
     parser.add_argument("--top", type=positive_int, default=10, help="items of that user, per task (default: 10)")
     parser.add_argument(
@@ -616,7 +618,7 @@ def _analyze(args: argparse.Namespace) -> None:
     from mvke_tf.analysis import analyze_run
 
     run = _open(args)
-    analysis = analyze_run(run, args.out, args.split, args.user, args.map, args.top)
+    analysis = analyze_run(run, args.output_dir, args.split, args.user, args.map, args.top)
     print(f"\n{analysis.summary}\n")
     places = {"page": analysis.page, "tables": analysis.folder / "tables", "figures": analysis.folder / "figures"}
     for what, place in places.items():
