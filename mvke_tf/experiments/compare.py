@@ -91,10 +91,10 @@ class Comparison:
             RunError: If the folder holds a comparison with other settings.
             ValueError: If a baseline cannot be fitted (`check_baseline`), or training fails (`TrainingError`).
         """
-        self._claim_folder()
         for model in self.configs:
             if model in BASELINE_NAMES:
                 check_baseline(model, self.prepared, self.tasks)
+        self._claim_folder()
         steps = [(model, seed) for seed in range(self.seeds) for model in self.configs if _has_seed(model, seed)]
         rows = []
         progress = Progress(sum(len(self.run_configs(*step)) for step in steps))
@@ -126,15 +126,17 @@ class Comparison:
                 values = json.loads(path.read_text(encoding="utf-8"))
                 before = {model: RunConfig.from_dict(config) for model, config in values["models"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise RunError(f"{path} is damaged ({error}). Choose another --out or delete the folder.") from error
+                raise RunError(
+                    f"{path} is damaged ({error}). Choose another --output_dir or delete the folder."
+                ) from error
         for model, config in before.items():
             changed = _differences(config, self.configs.get(model, config))
             if values.get("data") != self.prepared.digest:
                 changed = f"data were {values.get('data')}, received {self.prepared.digest}; {changed}"
             if changed:
                 raise RunError(
-                    f"{self.folder} holds a comparison with other settings. Choose another --out, delete the folder, "
-                    f"or repeat its settings (comparison.json). {model}: {changed}"
+                    f"{self.folder} holds a comparison with other settings. Choose another --output_dir, delete the "
+                    f"folder, or repeat its settings (comparison.json). {model}: {changed}"
                 )
         _check_same_budget({**before, **self.configs})
         models = {model: config.to_dict() for model, config in {**before, **self.configs}.items()}

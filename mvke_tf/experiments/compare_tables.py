@@ -145,7 +145,7 @@ def markdown(table: pd.DataFrame, title: str, settings: Mapping[str, Mapping[str
         f"Test part of {title}: mean and half width of the 95 % confidence interval (Student's t) over the seeds "
         f"({seeds}). Parameters, rows per second (median) and epochs of single_task are those of all its runs, one per "
         "task, together; of lightgbm parameters are leaves and epochs boosting rounds.",
-        _grid(["model", *map(_label, headline.values()), "parameters", "rows/s", "epochs"], rows),
+        _grid(["model", *map(_label, headline.values()), "parameters", "examples/s", "epochs"], rows),
     ]
     if table[[f"{name}_p" for name in headline]].notna().any(axis=None):
         rows = [

@@ -206,10 +206,10 @@ def _claim_folder(path: Path, base: RunConfig, space: dict[str, Any], tuner: str
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise RunError(f"{path} is damaged ({error}). Choose another --out or delete the folder.") from error
+            raise RunError(f"{path} is damaged ({error}). Choose another --output_dir or delete the folder.") from error
         if found != wanted:
             raise RunError(
-                f"{path.parent} holds another search. Choose another --out, or delete the folder. "
+                f"{path.parent} holds another search. Choose another --output_dir, or delete the folder. "
                 f"Expected: {found}. Received: {wanted}"
             )
     write_json(path, wanted)

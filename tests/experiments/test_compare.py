@@ -62,6 +62,16 @@ def comparison(compared_data):
     return make
 
 
+def test_a_baseline_that_cannot_be_fitted_claims_no_folder(tmp_path, comparison, monkeypatch):
+    def refused(*arguments):
+        raise ConfigError("leave it or the task out")
+
+    monkeypatch.setattr(mvke_tf.experiments.compare, "check_baseline", refused)
+    with pytest.raises(ConfigError, match="leave it"):
+        comparison(tmp_path, "shared_bottom", "popularity").run()
+    assert not list(tmp_path.rglob("*.json"))
+
+
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, comparison):
     """A comparison that was interrupted in its fourth run and then finished: folder, table, runs of each call."""
