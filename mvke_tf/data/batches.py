@@ -1,7 +1,7 @@
 """Batches of interactions: encoded tables, gathered by row in a seeded order, shard by shard where there are several.
 
-Batches are made with NumPy alone. Under TensorFlow `tf.data` wraps them, and gathers the rows itself where all data are
-in memory: no step runs Python then.
+Orders, and the batches of shards, are made with NumPy alone. Where all data are in memory and the backend is TensorFlow,
+`tf.data` gathers the rows: no step runs Python then.
 """
 
 from __future__ import annotations
