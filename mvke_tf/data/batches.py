@@ -1,6 +1,6 @@
 """Batches of interactions: encoded tables, gathered by row in a seeded order, shard by shard where there are several.
 
-Orders, and the batches of shards, are made with NumPy alone. Where all data are in memory and the backend is TensorFlow,
+Orders, and the batches of shards, are made with NumPy alone. Where all data are in memory, and under TensorFlow,
 `tf.data` gathers the rows: no step runs Python then.
 """
 
