@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mvke_tf.config import CHOICES, OLD_NAMES, SECTIONS, RunConfig, entry_type, renamed
-from mvke_tf.errors import ConfigError, MvkeError, require_extra
+from mvke_tf.errors import ConfigError, MvkeError, RunError, require_extra
 
+LOGGER = logging.getLogger(__name__)
 DEBUG = "MVKE_DEBUG"
 PARTS = ("train", "validation", "test")
 # Settings whose own name would be ambiguous on a command line.
@@ -323,11 +324,19 @@ def _dataset(args: argparse.Namespace) -> Any:
     return dataset.replace(overrides) if overrides else dataset
 
 
-def prepared_of(args: argparse.Namespace) -> Any:
+def prepared_of(args: argparse.Namespace, overwrite: bool = False) -> Any:
     """The prepared dataset of a command line with the options of `add_data`."""
     from mvke_tf.data.preparation import prepared_dataset
+    from mvke_tf.run_folder import RunFolder
 
-    return prepared_dataset(_dataset(args), args.data_dir)
+    prepared, run = prepared_dataset(_dataset(args), args.data_dir, overwrite), RunFolder(Path(args.data))
+    if run.has_data and prepared.fingerprint != run.data["fingerprint"]:
+        LOGGER.warning(
+            "The tables of %s have changed since it was made. These are the data of now, not those that it was trained "
+            "on, which need the tables as they were.",
+            run.folder,
+        )
+    return prepared
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -341,7 +350,7 @@ def _check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("give one run, such as runs/mine")
     args.run = args.run or args.run_option
     if not args.run.exists():
-        parser.error(f"there is no run at {args.run}; `mvke runs` lists those that are there")
+        raise RunError(f"There is no run at {args.run}. `mvke runs` lists those that are there.")
 
 
 def _open(args: argparse.Namespace) -> Any:
@@ -415,9 +424,7 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
 def _prepare(args: argparse.Namespace) -> None:
     """Reads, splits and encodes a dataset once, for all models."""
     import_tensorflow()
-    from mvke_tf.data.preparation import prepared_dataset
-
-    prepared = prepared_dataset(_dataset(args), args.data_dir, args.overwrite)
+    prepared = prepared_of(args, args.overwrite)
     print(f"Prepared: {prepared.folder}")
     _say_next(("train", "--data", args.data))
 

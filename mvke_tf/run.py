@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -22,8 +23,10 @@ import numpy as np
 from mvke_tf.config import FORMAT, RunConfig
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.encoder import Encoder
+from mvke_tf.data.files import Digests
 from mvke_tf.data.store import PreparedDataset
-from mvke_tf.errors import RunError
+from mvke_tf.data.tables import fingerprint
+from mvke_tf.errors import DataError, RunError
 from mvke_tf.io import CORRUPT_FILE_ERRORS, atomic_write, read_arrays, read_json, write_json
 from mvke_tf.layers import LogitMap
 from mvke_tf.models import TwoTowerModel, load_model
@@ -145,6 +148,13 @@ class Run(RunFolder):
         if not folder.is_dir():
             raise RunError(f"The prepared data of {self.folder} are not at {folder}. {self._prepare_again()}")
         prepared = PreparedDataset.load(folder)
+        if self._tables_have_changed() is True:
+            LOGGER.warning(
+                "The tables of %s have changed since it was made: it goes on with the data prepared then. A run on "
+                "those of now: %s",
+                self.folder,
+                self._train_on_those_of_now(),
+            )
         if prepared.digest != self.data["digest"]:
             raise RunError(
                 f"The prepared data at {folder} are not those that {self.folder} was trained on. Expected the digest "
@@ -156,7 +166,30 @@ class Run(RunFolder):
         if not self.dataset.source.path and self.dataset.split.by != "files":
             return "Make them again in Python, from the same tables: `mvke_tf.prepared_dataset`."
         data_dir = self.prepared_folder.parents[1]
+        if self._tables_have_changed():
+            return (
+                f"They cannot be made again, because the tables have changed since: put those back, or train a run on "
+                f"those of now: {self._train_on_those_of_now()}"
+            )
         return f"Make them again: mvke prepare --data {quoted(self.folder)} --data_dir {quoted(data_dir)}"
+
+    def _tables_have_changed(self) -> bool | None:
+        """Whether the files of the tables are not those that the run was made of; None if there are none to read."""
+        digests = Digests(self.prepared_folder.parent / "digests.json")
+        try:
+            changed = fingerprint(self.dataset, digests) != self.data["fingerprint"]
+        except DataError:
+            return None
+        # Only spares the next look at a large file that has changed.
+        with contextlib.suppress(OSError):
+            digests.save()
+        return changed
+
+    def _train_on_those_of_now(self) -> str:
+        data_dir = self.prepared_folder.parents[1]
+        return (
+            f"mvke train --data {quoted(self.folder)} --data_dir {quoted(data_dir)} --config {quoted(self.config_file)}"
+        )
 
     def load_model(self, calibrated: bool = False) -> TwoTowerModel:
         """The best checkpoint.

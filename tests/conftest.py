@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import pytest
 
+from mvke_tf import cli
 from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.models import build_model
@@ -59,3 +60,15 @@ def tiny_run(tiny_run_template: Path, tmp_path: Path) -> Run:
     """A run with an untrained MVKE as checkpoint, and its data, in a folder that the test may change."""
     shutil.copytree(tiny_run_template.parents[1], tmp_path / "tiny")
     return Run(tmp_path / "tiny" / "runs" / tiny_run_template.name)
+
+
+@pytest.fixture
+def mvke(capsys):
+    """Runs one command line: its status, output and error output."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(map(str, arguments)))
+        return ended.value.code, *capsys.readouterr()
+
+    return call

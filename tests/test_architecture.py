@@ -22,6 +22,7 @@ FLOORS = (
     (5, {"analysis", "evaluation", "serving", "training"}),
     (6, {"experiments"}),
     (6, {"cli"}),
+    (6, {"__main__"}),
 )
 STEP = {room: step for step, (_, rooms) in enumerate(FLOORS) for room in rooms}
 FLOOR = {room: floor for floor, rooms in FLOORS for room in rooms}
@@ -84,6 +85,15 @@ def test_only_models_look_their_layers_up():
     for path in MODULES:
         if room(path) != "models":
             assert "get_layer(f" not in path.read_text(encoding="utf-8"), path
+
+
+def test_only_inference_runs_models_batch_by_batch():
+    """Besides `fit`, and the paper's experiment, whose models are not those of models/."""
+    loops = re.compile(r"(?<![.\w])model\.(?:predict|evaluate)\(|predict_on_batch")
+    assert loops.search("x = model.predict(data)") and loops.search("self.model.predict_on_batch(data)")
+    for path in MODULES:
+        if room(path) not in ("inference", "experiments"):
+            assert not loops.search(path.read_text(encoding="utf-8")), path
 
 
 @pytest.mark.parametrize("folder", ["layers", "models"])

@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -34,18 +35,6 @@ def status(body) -> int:
     with pytest.raises(SystemExit) as ended:
         run_main(body)
     return ended.value.code
-
-
-@pytest.fixture
-def mvke(capsys):
-    """Runs one command line: its status, output and error output."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(list(map(str, arguments)))
-        return ended.value.code, *capsys.readouterr()
-
-    return call
 
 
 def test_a_body_that_returns_ends_with_0():
@@ -201,14 +190,53 @@ def test_help_and_bad_arguments_import_nothing_heavy(arguments, expected):
     assert done.stdout.splitlines()[-2:] == [f"status {expected}", "heavy []"], done.stderr
 
 
-def test_a_script_is_the_command(tmp_path):
-    script = REPOSITORY / "scripts" / "evaluate.py"
-    arguments = [sys.executable, script, "--checkpoint_path", tmp_path / "missing"]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.endswith(
-        f"error: there is no run at {tmp_path / 'missing'}; `mvke runs` lists those that are there\n"
+@pytest.mark.parametrize(
+    ("script", "command", "arguments", "understood"),
+    [
+        ("analyze.py", "analyze", ["--checkpoint_path", "RUN"], {}),
+        (
+            "compare_models.py",
+            "compare",
+            ["--models", "mvke", "mmoe", "--output_dir", "out"],
+            {"models": ["mvke", "mmoe"]},
+        ),
+        ("evaluate.py", "evaluate", ["--checkpoint_path", "RUN", "--model", "mvke"], {"model": "mvke"}),
+        ("export.py", "export", ["--checkpoint_path", "RUN", "--export_path", "out"], {"output_dir": Path("out")}),
+        ("export_onnx.py", "onnx", ["--checkpoint_path", "RUN", "--onnx_path", "out"], {"output_dir": Path("out")}),
+        ("preprocess_data.py", "prepare", ["--data_dir", "raw"], {"data_dir": Path("raw")}),
+        ("profile_users.py", "profile", ["--checkpoint_path", "RUN", "--genre_items", "3"], {"group_items": 3}),
+        ("serve.py", "serve", ["--export_path", "RUN"], {}),
+        ("train.py", "train", ["--model", "mmoe", "--epochs", "3"], {"model": "mmoe", "epochs": 3}),
+        ("tune.py", "tune", ["--model", "mmoe", "--output_dir", "out"], {"model": "mmoe"}),
+    ],
+)
+def test_a_script_is_the_command(script, command, arguments, understood, tmp_path, monkeypatch):
+    handed = []
+    monkeypatch.setitem(cli.COMMANDS, command, dataclasses.replace(cli.COMMANDS[command], run=handed.append))
+    path = REPOSITORY / "scripts" / script
+    monkeypatch.setattr(sys, "argv", [str(path), *(text.replace("RUN", str(tmp_path)) for text in arguments)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    (args,) = handed
+    assert ended.value.code == 0 and args.command == command
+    assert {name: getattr(args, name) for name in understood} == understood
+
+
+@pytest.mark.parametrize("program", [["-m", "mvke_tf"], [REPOSITORY / "scripts" / "evaluate.py"]])
+def test_what_runs_the_command_from_elsewhere(program, tmp_path):
+    command = ["evaluate"] if program[0] == "-m" else []
+    done = subprocess.run(
+        [sys.executable, *program, *command, "--checkpoint_path", tmp_path / "missing"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        timeout=60,
     )
+    missing = tmp_path / "missing"
+    assert done.returncode == 2
+    assert done.stderr == f"error: There is no run at {missing}. `mvke runs` lists those that are there.\n"
 
 
 def test_a_run_is_needed_once(mvke, tmp_path):

@@ -19,7 +19,7 @@ from mvke_tf.run import Run
 from mvke_tf.run_folder import resume_command
 from mvke_tf.training.loop import build_training_model
 from tests.conftest import REPOSITORY
-from tests.small import SMALL, small_log
+from tests.small import SMALL, small_log, small_toml
 
 HISTORY = [{"epoch": 1, "val_score": 0.5, "examples_per_second": 10.0, "val_click_auc": float("nan")}]
 
@@ -94,6 +94,35 @@ def test_the_command_that_makes_lost_data_again_does(tmp_path, monkeypatch):
     _, _, _, data, _, data_dir = command.split()
     prepared_dataset(datasets.load(data, data_dir), Path(data_dir))
     assert Run.open(run.folder).prepared.digest == prepared.digest
+
+
+def test_tables_that_have_changed_are_noticed(tmp_path, monkeypatch, caplog, mvke):
+    """With its data a run goes on with them, and says so; without, nothing sends the user in a circle."""
+    small_toml(tmp_path / "shop")
+    monkeypatch.chdir(tmp_path)
+    prepared = prepared_dataset(Dataset.from_toml("shop/small.toml"), Path("data"))
+    run = Run.create(Path("runs") / "new", RunConfig(), prepared)
+    caplog.clear()
+    assert Run.open(run.folder).prepared.digest == prepared.digest and not caplog.messages
+    log, _ = small_log()
+    log.head(200).write_parquet("shop/log.parquet")
+    again = "mvke train --data runs/new --data_dir data --config runs/new/config.json"
+    with caplog.at_level("WARNING"):
+        assert Run.open(run.folder).prepared.digest == prepared.digest
+    assert (
+        "The tables of runs/new have changed since it was made: it goes on with the data prepared then." in caplog.text
+    )
+    assert again in caplog.text
+    shutil.rmtree(run.prepared_folder)
+    with pytest.raises(RunError, match="cannot be made again, because the tables have changed since") as error:
+        Run.open(run.folder).prepared  # noqa: B018
+    assert str(error.value).endswith(again) and "mvke prepare" not in str(error.value)
+    code, _, said = mvke("prepare", "--data", "runs/new")
+    assert code == 0 and said.startswith("Warning: The tables of runs/new have changed since it was made. These are")
+    # Where the tables are gone, the command is that of tables put back.
+    (tmp_path / "shop" / "log.parquet").unlink()
+    with pytest.raises(RunError, match="Make them again: mvke prepare --data runs/new --data_dir data"):
+        Run.open(run.folder).prepared  # noqa: B018
 
 
 def test_data_in_memory_only_are_refused(tiny_run, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from mvke_tf.data.groups import groups
 from mvke_tf.data.preparation import prepare
 from mvke_tf.data.split import NoTrainingRowError
 from mvke_tf.data.store import EntityTable, PreparedDataset
-from mvke_tf.data.tables import ITEMS, LOG, USERS, Table, Tables, read_tables, references
+from mvke_tf.data.tables import ITEMS, LOG, USERS, Table, Tables, names_the_declaration, read_tables, references
 from mvke_tf.data.values import name_words, words
 from mvke_tf.errors import DeclarationError
 from mvke_tf.schema import WEIGHTS_SUFFIX, Feature
@@ -143,6 +143,7 @@ class Report:
         return "\n".join(lines)
 
 
+@names_the_declaration
 def check(dataset: Dataset, rows: int = 10_000) -> Report:
     """Reads and prepares the first rows of a dataset, in memory, and says what would become of them.
 

@@ -973,6 +973,7 @@ class Dataset:
         weight: Column of the weight of each row in all tasks.
         folder: What paths are relative to.
         frames: Tables that are given in Python instead of files: `{"log": frame, "users": frame, "items": frame}`.
+        where: What messages call the declaration, such as the file's name.
 
     Raises:
         DeclarationError: If something is wrong that shows without the data; one line, which names table and key, what
@@ -992,6 +993,7 @@ class Dataset:
     weight: Column | None = None
     folder: Path = dataclasses.field(default=Path("."), compare=False)
     frames: Mapping[str, pl.DataFrame] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    where: str = dataclasses.field(default="declaration", repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for key in ("features", "tasks", "groups"):
@@ -1351,7 +1353,7 @@ class Dataset:
             DeclarationError: See `from_toml`.
         """
         try:
-            return _read_dataset(values, Path(folder), name, dict(frames or {}))
+            return _read_dataset(values, Path(folder), name, dict(frames or {}), where)
         except WrongValueError as error:
             raise DeclarationError(" ".join(f"{where}, {error.place}: {error.text}".split())) from error
 
@@ -1446,7 +1448,7 @@ class Dataset:
                 table.pop(key, None)
             else:
                 table[key] = value
-        return self.from_dict(values, self.folder, self.name, frames=self.frames, where=self.name)
+        return self.from_dict(values, self.folder, self.name, frames=self.frames, where=self.where)
 
 
 def _has_ending(path: str) -> bool:
@@ -1514,7 +1516,7 @@ _TOP_LEVEL = (
 )
 
 
-def _read_dataset(values: Any, folder: Path, name: str, frames: dict[str, pl.DataFrame]) -> Dataset:
+def _read_dataset(values: Any, folder: Path, name: str, frames: dict[str, pl.DataFrame], where: str) -> Dataset:
     place = "top level"
     if not isinstance(values, Mapping):
         raise WrongValueError(place, f"must be a table. Received: {short(values)}")
@@ -1561,6 +1563,7 @@ def _read_dataset(values: Any, folder: Path, name: str, frames: dict[str, pl.Dat
         weight=values.get("weight"),
         folder=folder,
         frames=frames,
+        where=where,
     )
 
 

@@ -19,7 +19,18 @@ from mvke_tf.data import expressions, files, groups, history, negatives, split
 from mvke_tf.data.declaration import PARTS, Dataset, FeatureDeclaration, History, Statistic, TaskDeclaration
 from mvke_tf.data.encoder import RAW_UNKNOWN, EncodedFeature, Encoder
 from mvke_tf.data.store import EntityTable, PreparedDataset, digest
-from mvke_tf.data.tables import ITEMS, LOG, USERS, Lists, Table, Tables, fingerprint, first_true, read_tables
+from mvke_tf.data.tables import (
+    ITEMS,
+    LOG,
+    USERS,
+    Lists,
+    Table,
+    Tables,
+    fingerprint,
+    first_true,
+    names_the_declaration,
+    read_tables,
+)
 from mvke_tf.errors import DataError, DeclarationError
 from mvke_tf.io import TEMPORARY, remove_temporary
 from mvke_tf.schema import WEIGHTS_SUFFIX
@@ -71,6 +82,7 @@ def prepared_dataset(dataset: Dataset, data_dir: Path = Path("data"), overwrite:
     return PreparedDataset.load(folder)
 
 
+@names_the_declaration
 def prepare(dataset: Dataset, tables: Tables | None = None) -> PreparedDataset:
     """Prepares a dataset in memory.
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 import polars as pl
@@ -20,8 +21,10 @@ import polars as pl
 from mvke_tf.config import nearest
 from mvke_tf.data import expressions, files
 from mvke_tf.data.declaration import PARTS, Dataset
-from mvke_tf.errors import DataError
+from mvke_tf.errors import DataError, DeclarationError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 LOG, USERS, ITEMS = "log", "users", "items"
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 # 1700-01-01 and 2200-01-01, in milliseconds.
@@ -680,6 +683,22 @@ def without(values: pl.Series, missing: Sequence[Any]) -> pl.Series:
     return pl.repeat(None, len(values), dtype=values.dtype, eager=True).zip_with(unknown, values)
 
 
+def names_the_declaration(function: Callable[Concatenate[Dataset, P], R]) -> Callable[Concatenate[Dataset, P], R]:
+    """Puts what messages call the declaration before an error of the data that begins with a place in it."""
+
+    @functools.wraps(function)
+    def named(dataset: Dataset, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(dataset, *args, **kwargs)
+        except (DataError, DeclarationError) as error:
+            if str(error).startswith("["):
+                error.args = (f"{dataset.where}, {error}",)
+            raise
+
+    return named
+
+
+@names_the_declaration
 def read_tables(dataset: Dataset, *, rows: int | None = None, fingerprinted: bool = True) -> Tables:
     """Reads the tables of a dataset: the columns that the declaration names.
 
@@ -709,6 +728,7 @@ def read_tables(dataset: Dataset, *, rows: int | None = None, fingerprinted: boo
     return Tables(tables, fingerprint(dataset) if fingerprinted and rows is None else "")
 
 
+@names_the_declaration
 def fingerprint(dataset: Dataset, digests: files.Digests | None = None) -> str:
     """Digest of the contents of all tables: SHA-256 in hexadecimal.
 

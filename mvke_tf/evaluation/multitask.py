@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from mvke_tf.inference.collect import as_interactions, collect, known_labels
-from mvke_tf.inference.predictions import predict
+from mvke_tf.inference.predictions import outputs_of, predict
 from mvke_tf.inference.vectors import TILE_ROWS
 from mvke_tf.metrics import task_metrics
 from mvke_tf.models import TwoTowerModel
@@ -71,7 +71,7 @@ def _evaluate_any(model: keras.Model, dataset: object, kinds: Mapping[str, str],
     """Metrics of the tasks in `kinds`, of any model with a dictionary of outputs."""
     features, labels = collect(dataset, tuple(kinds))
     _check_labels(kinds, labels)
-    outputs = model.predict(features, batch_size=batch_size, verbose=0)
+    outputs = outputs_of(model, features, batch_size)
     measured: Metrics = {}
     for task, kind in kinds.items():
         known = np.isfinite(labels[task])

@@ -71,6 +71,17 @@ def predict(model: TwoTowerModel, interactions: Interactions, batch: int = TILE_
     return Predictions(values, conditional)
 
 
+def outputs_of(model: keras.Model, features: Any, batch: int = TILE_ROWS) -> Any:
+    """The outputs of a model that is no two-tower model, in NumPy and in their structure.
+
+    Args:
+        model: The model.
+        features: What it takes, `(n, ...)` each.
+        batch: Rows per step.
+    """
+    return model.predict(features, batch_size=batch, verbose=0)
+
+
 def _by_user(
     model: TwoTowerModel, interactions: Interactions, batch: int
 ) -> Iterator[tuple[np.ndarray, Vectors, np.ndarray]]:

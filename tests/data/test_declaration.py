@@ -380,7 +380,9 @@ def test_replace(path):
     assert dataset.replace({"features.age.missing": None}).feature("age").missing == ()
     assert dataset.replace({"tables.users.path": "users.csv"}).users.path == ("users.csv",)
     assert dataset.replace({}) == dataset
-    with pytest.raises(DeclarationError, match=r"^ads, \[features.age\]: has no key 'bin'\. Did you mean 'bins'\?"):
+    with pytest.raises(
+        DeclarationError, match=r"^ads\.toml, \[features.age\]: has no key 'bin'\. Did you mean 'bins'\?"
+    ):
         dataset.replace({"features.age.bin": 3})
     with pytest.raises(DeclarationError, match=r"has no table in which 'weight\.x' could be replaced"):
         dataset.replace({"weight.x": 3})

@@ -11,10 +11,12 @@ import numpy as np
 import polars as pl
 import pytest
 
+from mvke_tf.data.check import check
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.preparation import describe, prepare, prepared_dataset
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import DataError, DeclarationError, MvkeError
+from tests.small import small_toml
 
 NAN = math.nan
 UNKNOWN = -(2**63)
@@ -654,6 +656,17 @@ def test_wrong_tables_are_one_line_and_leave_nothing(what, tmp_path):
     assert isinstance(error.value, DataError)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "data").exists()
+
+
+def test_an_error_in_a_place_of_the_declaration_names_its_file(tmp_path):
+    declared = Dataset.from_toml(small_toml(tmp_path / "source"))
+    with pytest.raises(DataError, match=r"^small\.toml, \[tasks\.click\]: no row of the training part counts\."):
+        prepared_dataset(declared.replace({"tasks.click.where": "age < 0"}), tmp_path / "data")
+    with pytest.raises(DataError, match=r"^small\.toml, \[features\.age\] column: .*no column 'agee'\. Did you mean"):
+        check(declared.replace({"features.age.column": "agee"}))
+    (tmp_path / "source" / "log.parquet").unlink()
+    with pytest.raises(DataError, match=r"^small\.toml, \[source\] path: there is no file"):
+        prepared_dataset(declared, tmp_path / "data")
 
 
 WRONG_SIDES = {
