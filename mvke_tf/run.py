@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import errno
@@ -175,15 +174,11 @@ class Run(RunFolder):
 
     def _tables_have_changed(self) -> bool | None:
         """Whether the files of the tables are not those that the run was made of; None if there are none to read."""
-        digests = Digests(self.prepared_folder.parent / "digests.json")
         try:
-            changed = fingerprint(self.dataset, digests) != self.data["fingerprint"]
+            digests = Digests(self.prepared_folder.parent / "digests.json")
+            return fingerprint(self.dataset, digests) != self.data["fingerprint"]
         except DataError:
             return None
-        # Only spares the next look at a large file that has changed.
-        with contextlib.suppress(OSError):
-            digests.save()
-        return changed
 
     def _train_on_those_of_now(self) -> str:
         data_dir = self.prepared_folder.parents[1]

@@ -175,7 +175,9 @@ class TwoTowerModel(MultiTaskModel):
                 mixtures[task] = Mixture("user", mixed[1] if len(mixed) > 1 else None, mixed[0], mix.experts)
             elif isinstance(tag, GatedTag) and isinstance(mix, SelectExperts):
                 kernels = isinstance(source(tagged[1])[0], VirtualKernelGate)
-                mixtures[task] = Mixture("item", tagged[1], mixed[0], mix.indices, kernels)
+                # A task with one virtual kernel has nothing to choose: its gate is 1.
+                gate = tagged[1] if len(mix.indices) > 1 else None
+                mixtures[task] = Mixture("item", gate, mixed[0], mix.indices, kernels)
         return mixtures
 
     @cached_property

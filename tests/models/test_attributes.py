@@ -108,6 +108,9 @@ def test_gates_and_experts(pair):
         kernels = tuple(map(model.kernels_of, model.task_names))
         assert kernels == (SEEN["mvke"] if model.name == "mvke" else ((),) * 5)
         gates = numpy_outputs(model.gates, {name: PAIRS[name] for name in table})
+        # A task with a single expert has nothing to choose.
+        assert set(gates) == {task for task in model.task_names if len(model.experts_of(task)) > 1}
+        gates = {task: np.ones((len(ROWS["user_rows"]), 1)) for task in model.task_names} | gates
         experts = ops.convert_to_numpy(model.expert_outputs({name: PAIRS[name] for name in USERS}))
         assert experts.shape == (len(ROWS["user_rows"]), 5 if model.name == "mvke" else 7, 8)
         tags = numpy_outputs(model.tags, {name: PAIRS[name] for name in ITEMS})
