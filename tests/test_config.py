@@ -3,8 +3,20 @@ import json
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mvke_tf.config import FORMAT, OLD_NAMES, ModelConfig, RunConfig, TrainingConfig, from_dict, index_range, renamed
+from mvke_tf.config import (
+    FORMAT,
+    OLD_NAMES,
+    SECTIONS,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    from_dict,
+    index_range,
+    renamed,
+)
 from mvke_tf.errors import ConfigError
 
 CONFIG = RunConfig(
@@ -193,3 +205,34 @@ def test_settings_with_an_entry_per_task_fit_the_tasks():
             RunConfig(ModelConfig(tasks=("click", "install"), **model), TrainingConfig(**training))
     with pytest.raises(ConfigError, match=r"ModelConfig.task_kernels: Expected indices below 5. Received: '1-5'"):
         ModelConfig(task_kernels=("0-2", "1-5"))
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(["0-2", "1e9", "mvke"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = [(section, field.name) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
+NAMES += [(section, name) for section in SECTIONS for name in (*OLD_NAMES, "no_such_setting")]
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(NAMES), ANYTHING), min_size=1, max_size=3), ANYTHING, st.booleans())
+def test_any_settings_are_legal_or_an_error_of_one_line(changes, whole, replaced):
+    values = json.loads(json.dumps(CONFIG.to_dict()))
+    for (section, name), value in changes:
+        values[section][name] = value
+    for given_values in (values, whole) if replaced else (values,):
+        try:
+            config = RunConfig.from_dict(given_values)
+        except ConfigError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1_000
+        else:
+            # What is legal can be kept, and is the same when it is read again.
+            text = json.dumps(config.to_dict(), allow_nan=False)
+            assert RunConfig.from_dict(json.loads(text)) == config

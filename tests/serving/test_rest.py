@@ -11,6 +11,8 @@ import httpx
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mvke_tf.serving.rest.app import Application, Limits
 from mvke_tf.serving.rest.model import Cost, ServedModel
@@ -19,6 +21,27 @@ from mvke_tf.serving.rest.server import curl
 from tests.serving.rest_helpers import ANSWER, GOOD, PREDICT, ROW, Client, Stub, answer, chunks, predict
 
 LIMITS = Limits(request_bytes=200_000, rows=50, values=1000)
+
+
+# Any JSON, and more of what a request holds.
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "k", "\ud800"])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from([*ROW, "b64", "inputs", "instances", "x"]) | st.text(max_size=3), inner, max_size=4
+        )
+    ),
+    max_leaves=12,
+)
 
 
 @pytest.fixture(scope="module")
@@ -666,3 +689,47 @@ def test_a_request_ends_with_the_version_that_it_began_with():
         return answers
 
     assert anyio.run(main) == [{"outputs": [0, 1, 2]}, {"outputs": [0, 1]}]
+
+
+def refused_or_answered(client, body) -> None:
+    """An answer is JSON: predictions, or one line that says what was wrong with the request."""
+    response = predict(client, body)
+    assert response.status_code in (200, 400, 413), (response.status_code, response.text)
+    values = response.json()
+    if response.status_code != 200:
+        assert list(values) == ["error"] and 0 < len(values["error"]) < 2_000 and "\n" not in values["error"]
+        assert "Traceback" not in values["error"]
+
+
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZ
+@given(st.sampled_from(["serving_default", "half_plus_two", "top", "echo", "total", "strange", "", "no"]), VALUES)
+def test_any_values_are_answered_or_refused(client, signature, values):
+    for key in ("instances", "inputs"):
+        refused_or_answered(client, json.dumps({"signature_name": signature, key: values}))
+    refused_or_answered(client, json.dumps(values))
+
+
+@FUZZ
+@given(st.data())
+def test_a_request_with_one_other_value_is_answered_or_refused(client, data):
+    request = json.loads(json.dumps(GOOD))
+    place, key = request, "instances"
+    while isinstance(place[key], (list, dict)) and place[key] and data.draw(st.booleans()):
+        place = place[key]
+        keys = list(range(len(place))) if isinstance(place, list) else sorted(place)
+        key = data.draw(st.sampled_from(keys))
+    place[key] = data.draw(VALUES)
+    refused_or_answered(client, json.dumps(request))
+
+
+@FUZZ
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8), st.integers(0, 10_000))
+def test_damaged_bytes_are_answered_or_refused(client, changes, cut):
+    body = bytearray(json.dumps(GOOD).encode())
+    for place, byte in changes:
+        body[place % len(body)] = byte
+    refused_or_answered(client, bytes(body[: len(body) - cut % len(body)]))
+    refused_or_answered(client, bytes(body))
