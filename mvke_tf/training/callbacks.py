@@ -181,11 +181,11 @@ def epoch_line(logs: Mapping[str, float], epochs: int, seconds: float, is_best: 
         is_best: Whether its score is the best so far.
 
     >>> epoch_line({"epoch": 3, "loss": 0.5, "val_loss": 0.6, "val_score": 0.8, "val_click_auc": 0.8}, 50, 12, True)
-    'Epoch  3/50  12 s  loss 0.5000  val_loss 0.6000  val_score 0.8000 (best)  click_auc 0.8000'
+    'Epoch  3/50  12 s  loss 0.5000  val_loss 0.6000  score 0.8000 (best)  click_auc 0.8000'
     """
     line = f"Epoch {logs['epoch']:>{len(str(epochs))}.0f}/{epochs}  {seconds:.0f} s"
-    for name in ("loss", "val_loss", "val_score"):
-        line += f"  {name} {logs[name]:#.4g}"
+    for name, title in (("loss", "loss"), ("val_loss", "val_loss"), ("val_score", "score")):
+        line += f"  {title} {logs[name]:#.4g}"
     if is_best:
         line += " (best)"
     metrics = {
@@ -204,4 +204,4 @@ def epoch_line(logs: Mapping[str, float], epochs: int, seconds: float, is_best: 
 
 
 def _rest(number: int) -> str:
-    return f"  +{number} in log.csv"
+    return f"  {number} more in log.csv"

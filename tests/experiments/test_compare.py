@@ -111,7 +111,7 @@ def test_only_what_is_missing_is_made(interrupted):
         run = Run(folder / "out" / "runs" / name)
         assert run.checkpoint.is_file() and run.log_file.is_file() and not run.state_file.exists()
         assert run.config.training == dataclasses.replace(CONFIG.training, seed=int(name[-1]))
-    assert (folder / "out" / "training.log").read_text().count("  val_score ") == len(RUNS)
+    assert (folder / "out" / "training.log").read_text().count("  score ") == len(RUNS)
 
 
 def test_results_are_those_of_the_reports(interrupted):

@@ -407,9 +407,9 @@ def test_the_line_of_an_epoch_fits_whatever_the_tasks_are():
         line = epoch_line({**logs, **tasks}, 1_000_000, 98_765, False)
         assert len(line) <= 100
         shown = line.count("0.8765")
-        assert line.endswith(f"+{number - shown} in log.csv" if shown < number else "0.8765")
+        assert line.endswith(f"  {number - shown} more in log.csv" if shown < number else "0.8765")
     assert epoch_line({**logs, "val_click_auc": 0.9, "val_click_loss": 0.3, "val_price_rmse": 2.0}, 20, 4.4, False) == (
-        "Epoch 12/20  4 s  loss 1.235  val_loss 1.235e+05  val_score -0.5000  click_auc 0.9000  +1 in log.csv"
+        "Epoch 12/20  4 s  loss 1.235  val_loss 1.235e+05  score -0.5000  click_auc 0.9000  1 more in log.csv"
     )
 
 
@@ -421,4 +421,4 @@ def test_training_says_one_line_per_epoch(new_run, capsys):
     ).history
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Epoch ")]
     assert [line.split("  ")[0] for line in lines] == ["Epoch 1/2", "Epoch 2/2"] and seen == [0, 1]
-    assert f"val_score {history[0]['val_score']:#.4g} (best)" in lines[0]
+    assert f"  score {history[0]['val_score']:#.4g} (best)" in lines[0]
