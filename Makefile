@@ -99,7 +99,7 @@ bench: data
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
-	@echo site/index.html
+	@echo 'site/index.html   (with search: $(PY) -m http.server --directory site)'
 
 notebooks: data
 	$(PY) scripts/run_notebooks.py

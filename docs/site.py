@@ -63,7 +63,7 @@ def _formula(latex: str, display: str) -> str:
 def _from_elsewhere(name: str) -> str:
     """A page at the root of the repository, its links as seen from the folder of the pages."""
     text = (ROOT / name).read_text(encoding="utf-8")
-    return re.sub(r"\]\((?:docs/)?([\w.]+\.(?:md|svg|png)[#\w-]*)\)", lambda link: f"]({link[1].lower()})", text)
+    return re.sub(r"\]\((?:docs/)?([\w./-]+\.(?:md|svg|png)[#\w-]*)\)", lambda link: f"]({link[1].lower()})", text)
 
 
 def _public_names() -> str:

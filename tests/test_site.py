@@ -24,6 +24,11 @@ def test_the_site(tmp_path):
     assert (built.returncode, built.stdout, built.stderr) == (0, "", "")
     site = tmp_path / "site"
     pages = {str(path.relative_to(site)): path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
+    pictures = [
+        (name, source) for name, text in pages.items() for source in re.findall(r'<img[^>]* src="([^"]+)"', text)
+    ]
+    assert len(pictures) > 8
+    assert [one for one in pictures if not ((site / one[0]).parent / one[1]).is_file()] == []
     # Nothing comes from elsewhere.
     assert [
         name for name, text in pages.items() if re.search(r"""(?:src|<link[^>]*href)=["']?(?:https?:)?//""", text)
