@@ -10,13 +10,14 @@ from mvke_tf.analysis.report import Analysis, analyze_run
 from mvke_tf.analysis.study import Study
 from mvke_tf.analysis.tables import (
     analyze_expert_weights,
-    expert_cards,
+    contribution_shares,
     expert_similarity,
     field_attention,
     gate_effect,
     gate_entropy,
     gate_weights,
     item_map,
+    kernel_cards,
     kernel_similarity,
     utilisation,
 )
@@ -34,7 +35,7 @@ __all__ = [
     "Verdict",
     "analyze_expert_weights",
     "analyze_run",
-    "expert_cards",
+    "contribution_shares",
     "expert_similarity",
     "explain_user",
     "field_attention",
@@ -43,6 +44,7 @@ __all__ = [
     "gate_weights",
     "item_map",
     "judge",
+    "kernel_cards",
     "kernel_similarity",
     "user_state",
     "utilisation",
