@@ -151,16 +151,20 @@ class Study:
                 found[task] = np.stack(products, axis=1)
         return found
 
-    def contribution_shares(self, task: str) -> np.ndarray:
+    @cached_property
+    def contribution_shares(self) -> dict[str, np.ndarray]:
         """How much of the output of a task each expert makes: the size of `g_e ⟨expert_e, tag⟩` over that of all.
 
         Returns:
-            `(n, E_task)` float64; each row sums to 1. Equal where all contributions are 0.
+            `{task: (n, E_task)}` float64; each row sums to 1. Equal where nothing contributes. No multi-class tasks.
         """
-        gate = self.gates[task]
-        sizes = np.abs(self.scores[task] * gate.weights[self.rows(gate.side)])
-        total = sizes.sum(axis=1, keepdims=True)
-        return np.divide(sizes, total, out=np.full_like(sizes, 1.0 / sizes.shape[1]), where=total > 0)
+        found = {}
+        for task, scores in self.scores.items():
+            gate = self.gates[task]
+            sizes = np.abs(scores * gate.weights[self.rows(gate.side)])
+            total = sizes.sum(axis=1, keepdims=True)
+            found[task] = np.divide(sizes, total, out=np.full_like(sizes, 1.0 / sizes.shape[1]), where=total > 0)
+        return found
 
     def products(self, tasks: Sequence[str]) -> dict[str, np.ndarray]:
         """Inner products of user and item vectors of all interactions, `{task: (n,)}` float64; no multi-class tasks."""

@@ -114,8 +114,7 @@ def contribution_shares(study: Study, groupings: Iterable[Grouping] = ()) -> pd.
     for grouping in groupings:
         inside |= dict(zip(_keys(grouping), _inside(study, grouping).T, strict=True))
     tables = [pd.DataFrame(columns=["task", "side", "variable", "group", "expert", "mean_share", "impressions"])]
-    for task in study.scores:
-        shares = study.contribution_shares(task)
+    for task, shares in study.contribution_shares.items():
         tables += [
             pd.DataFrame(
                 {
@@ -440,7 +439,7 @@ def _common_items(study: Study, gate: GateUse) -> tuple[np.ndarray, np.ndarray]:
         return common[:0], gate.weights[:0]
     sums = [
         np.bincount(study.item_rows, weights=share, minlength=len(counts))
-        for share in study.contribution_shares(gate.task).T
+        for share in study.contribution_shares[gate.task].T
     ]
     return study.source_items[common], np.stack(sums, axis=1)[common] / counts[common, None]
 

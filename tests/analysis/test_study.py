@@ -88,14 +88,14 @@ def test_scores_and_products_are_the_logits(make_model, pairs, name):
         parts = study.scores[task] * gate.weights[study.rows(gate.side)]
         np.testing.assert_allclose(parts.sum(axis=1), logits, rtol=1e-5, atol=1e-5)
         expected = [[abs(part) / sum(map(abs, row)) for part in row] for row in parts.tolist()]
-        np.testing.assert_allclose(study.contribution_shares(task), expected, rtol=1e-12)
+        np.testing.assert_allclose(study.contribution_shares[task], expected, rtol=1e-12)
     assert study.products([]) == {}
 
 
 def test_shares_of_nothing_are_equal(make_model, pairs):
     study = Study(make_model("mvke"), pairs)
     study.tags = {task: np.zeros_like(tags) for task, tags in study.tags.items()}
-    assert (study.contribution_shares("ctr") == 1 / len(study.gates["ctr"].experts)).all()
+    assert (study.contribution_shares["ctr"] == 1 / len(study.gates["ctr"].experts)).all()
 
 
 def test_labels_of_no_weight_are_undefined(make_model, pairs):

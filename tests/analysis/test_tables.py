@@ -373,8 +373,8 @@ def test_cards_of_a_gate_that_reads_the_user(make_model, many):
     # The same weights for every user, so that no user raises one; items do, by their share of the output.
     assert cards["mean_weight"].tolist() == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=1e-6)
     assert (cards["user_groups"].map(len) == 0).all()
-    share = pd.DataFrame(study.contribution_shares("ctr")).groupby(many.item_rows).mean()
-    overall = study.contribution_shares("ctr").mean(axis=0)
+    share = pd.DataFrame(study.contribution_shares["ctr"]).groupby(many.item_rows).mean()
+    overall = study.contribution_shares["ctr"].mean(axis=0)
     for expert in range(4):
         above = share[expert][share[expert] >= overall[expert] + 0.1 / 4].sort_values(ascending=False)
         texts = tuple(f"i{item} ({value:.2f}, {value / overall[expert]:.1f}x)" for item, value in above.items())
@@ -446,3 +446,21 @@ def test_interactions_of_one_constant_item(make_model):
     assert entropy.loc["ctr", "weight_deviation"] == 0.0 and abs(entropy.loc["ctr", "information_bits"]) < 1e-12
     effect = gate_effect(study).set_index(["task", "change"])
     assert effect.loc[("ctr", "mean weights"), "difference"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["mvke", "mmoe", "cgc", "ple", "stem"])
+def test_cards_of_every_model_with_gates(make_model, many, name):
+    tasks = (Task("ctr"), Task("cvr", given="ctr"), Task("kind", "multiclass", classes=("a", "b", "c")))
+    study = Study(make_model(name, SCHEMA.with_tasks(tasks)), many)
+    groupings = [Grouping.of_labels("x", "item", ["a", "b", "c"]), Grouping.of_labels("y", "user", list("abcd"))]
+    weights, shares = (make(study, groupings) for make in TABLES_OF_CARDS)
+    cards = kernel_cards(study, weights, shares, list("abc"), expert_similarity(study), gate_effect(study))
+    seen = [(task, expert) for task, gate in study.gates.items() for expert in gate.experts]
+    assert list(zip(cards["task"], cards["expert"], strict=True)) == seen
+    # What a multi-class task puts out is no sum of contributions.
+    assert set(shares["task"]) == {"ctr", "cvr"}
+    one_number = cards["task"] != "kind"
+    assert cards["mean_share"].notna().tolist() == one_number.tolist() == cards["difference"].notna().tolist()
+    assert cards[one_number].groupby("task")["mean_share"].sum().tolist() == pytest.approx([1, 1])
+    unread = "user_groups" if study.model.gate_side == "item" else "item_groups"
+    assert (cards.loc[~one_number, unread].map(len) == 0).all()
