@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The notebooks run from top to bottom on a small budget, with the results that they promise; outputs are committed."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the experts of a model learned: tables, pictures, verdict, and the page on a finished run."""
 
 from mvke_tf.errors import require_extra

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One self-contained HTML page: pictures as data URIs, no external resource, sane on phone and desktop."""
 
 from __future__ import annotations

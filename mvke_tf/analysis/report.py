@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The analysis of a finished run: its chapters, as tables, pictures, verdict and one page."""
 
 from __future__ import annotations

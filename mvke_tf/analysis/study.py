@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model does on a set of interactions, once per distinct user and item: gates, experts, tags, field attention.
 
 Everything here is the output of a part of the model; nothing is computed a second way.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tidy tables of what the gates and experts of a model do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The analysis of a run: its files, its pictures, and its page in a real browser."""
 
 import io
