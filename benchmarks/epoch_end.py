@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seconds between the last batch of an epoch and the return of `fit`, in epochs of several batch sizes.
 
 Prints one JSON line per batch size.

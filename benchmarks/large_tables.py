@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Milliseconds of a training step with a large embedding table and with a small one, by --embedding_optimizer.
 
 Batches of 4096 pairs, 7 fields of width 32, the first of which has the large table. Prints one JSON line for each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seconds that monitoring adds to an epoch, over the seconds of the epoch, on a real training of the given settings.
 
 Trains in a temporary folder and prints one JSON line. The first epoch, which compiles and draws the first heat maps,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seconds and memory of exact profiles: all users of a run, all items, every task of the model, top 20.
 
 Prints one JSON line. Times start from encoded tables and end with frames of items, names and probabilities; they hold

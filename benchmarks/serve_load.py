@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests per second and latencies of the local server under many clients at a time, on this machine.
 
 Starts `mvke serve` on a free port of the loopback address, and lets every client send one request after the other

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Milliseconds per request of an exported run, in process: `score_ids` of one user, and `recommend` for one.
 
 Exports the run into a temporary folder, loads it, and sends requests one after the other, each with the raw features of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All of speed in one run: sections that can be run one by one, one JSON file, one page of it for the docs.
 
     python benchmarks/suite.py --data movielens                      # every section that bench/suite.json lacks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training examples per second, end to end through `model.fit`, and those of the data pipeline alone.
 
 Prints one JSON line; `examples_per_second` is the median of 5 epochs, after one that is not counted (it compiles).

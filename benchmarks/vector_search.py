@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a vector index pays: time per user, recall and memory of exact scoring and of FAISS on a large catalogue.
 
 The items are random mixtures of the features of the items of a run, the users its users, and the vectors those that the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages of the documentation site that are made from the code, and formulas without scripts: hooks of MkDocs.
 
 `mkdocs.yml` names this file. The other pages are the Markdown files beside it.

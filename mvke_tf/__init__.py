@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multi-task models of users in Keras 3: MVKE and what it is compared with, from a declared dataset to a served model.
 
 The names below are imported when they are first used, so that `import mvke_tf` costs nothing.

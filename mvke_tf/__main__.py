@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m mvke_tf`: the `mvke` command."""
 
 from mvke_tf.cli import main

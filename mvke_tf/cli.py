@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `mvke` command: one subcommand per step from a table to a served model.
 
 Imports nothing heavy before a command line has proved right: `--help` and bad arguments answer at once.

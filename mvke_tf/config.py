@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frozen settings of the model and the training, with a JSON round trip."""
 
 from __future__ import annotations

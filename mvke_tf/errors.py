@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors that a user can mend. Only these become one line at a command line; every other one keeps its traceback."""
 
 from importlib.util import find_spec

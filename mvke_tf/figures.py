@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures that several verbs draw: styles that differ without colour too, ROC and calibration curves, heat maps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are written atomically, and what reading a damaged one raises. Imports nothing heavy."""
 
 from __future__ import annotations

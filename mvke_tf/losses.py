@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of multi-task models by kind of task, and how a learned uncertainty weighs them."""
 
 from __future__ import annotations

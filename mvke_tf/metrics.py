@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Offline metrics of predictions of every kind of task, on plain arrays.
 
 A metric that is not defined for its input (an AUC where all labels are equal, anything of no rows) is NaN.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run directory with what needs Keras: its data, model and training state."""
 
 from __future__ import annotations

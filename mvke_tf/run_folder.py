@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run directory, as far as it can be read without TensorFlow: settings, log, report, state.
 
 runs/<name>/

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model reads and predicts: encoded features of two towers, and tasks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Says what the experts of a run learned: `mvke analyze` from a checkout."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains several models with several seeds on the same data: `mvke compare` from a checkout."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures the best checkpoint of a run: `mvke evaluate` from a checkout."""
 
 import sys

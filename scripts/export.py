@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a SavedModel that takes raw features: `mvke export` from a checkout."""
 
 import sys

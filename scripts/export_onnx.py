@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes ONNX files: `mvke onnx` from a checkout."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads, splits and encodes a dataset: `mvke prepare` from a checkout."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the profiles of users in bulk: `mvke profile` from a checkout."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Executes the notebooks from top to bottom and writes them back with their outputs; after an error, nothing of it."""
 
 from __future__ import annotations

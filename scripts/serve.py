@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Serves an exported model over HTTP: `mvke serve` from a checkout."""
 
 import sys

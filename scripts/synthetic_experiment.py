@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Repeats the MMoE paper's experiment on two synthetic tasks: a figure, a table, and whether its ordering appears."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a model, or continues an interrupted training: `mvke train` from a checkout."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Searches good settings of a model: `mvke tune` from a checkout."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages as people see them, on a phone and on a desk, in Debian's Chromium; `make browser` installs it as root."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks that every layer passes, and gradients under either backend."""
 
 from __future__ import annotations

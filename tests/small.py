@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small declared dataset for everybody's tests: an ad-like log of 240 impressions, 12 users and 30 items."""
 
 import functools

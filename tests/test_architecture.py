@@ -1,9 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plan of the house: imports go down only, and each floor stays free of what belongs above."""
 
 import ast
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -128,3 +130,17 @@ def test_errors_are_raised_and_caught_by_name():
         for node in ast.walk(tree(path)):
             assert not isinstance(node, ast.Assert), f"{path}:{node.lineno} asserts"
             assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{path}:{node.lineno} catches all"
+
+
+def test_every_file_names_the_licence_of_the_project():
+    licence = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["license"]
+    line = f"# SPDX-License-Identifier: {licence}\n"
+    files = [
+        path
+        for folder in ("mvke_tf", "scripts", "benchmarks", "tests", "docs")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    ]
+    assert len(files) > 250
+    without = [str(path) for path in files if not path.read_text(encoding="utf-8").startswith(line)]
+    assert not without, f"The first line must be {line!r} in: {', '.join(without)}"
+    assert f"license: {licence}\n" in (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every Python snippet of the README and the manual runs, the tutorial works as written, and no link is dead."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The port against the recorded numbers; `MVKE_GOLDEN_DIR=folder pytest -m golden` proves it on other recordings."""
 
 import re

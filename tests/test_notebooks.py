@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The notebooks run from top to bottom on a small budget, with the results that they promise; outputs are committed."""
 
 import json
@@ -72,6 +73,10 @@ def test_expert_weights(run):
         rated="sorted(set(why['item_row']) & set(user.known))",
         tasks="sorted(set(why['task']))",
         kernels="sorted(set(by_number.index.get_level_values('kernels')))",
+        cards="cards['weight'].groupby('task').sum().to_dict()",
+        shares="cards['share of the output'].groupby('task').sum().to_dict()",
+        lost="(cards['AUC without it'] - gate_effect(wide).set_index(['task', 'expert'])['difference']).abs().max()",
+        raised="[text for text in cards['items'] if text]",
     )
     assert min(values["auc"]) > 0.7
     assert values["sums"] == pytest.approx([1.0] * 16)
@@ -85,6 +90,9 @@ def test_expert_weights(run):
     assert values["explained_error"] < 1e-5 and values["model_error"] < 1e-5
     assert values["rated"] == [] and values["tasks"] == ["ctr", "cvr"]
     assert values["kernels"] == [3, 5]
+    for sums in (values["cards"], values["shares"]):
+        assert sums == {"ctr": pytest.approx(1.0, abs=1e-3), "cvr": pytest.approx(1.0, abs=1e-3)}
+    assert values["lost"] < 1e-4 and values["raised"]
 
 
 def test_custom_experts_and_gates(run):
@@ -136,6 +144,32 @@ def test_mmoe_on_any_data(run):
     assert min(values["synthetic"]) > 0.05
     assert len(values["distances"]) == 3 and all(0 < distance < 1 for distance in values["distances"])
     assert values["difference"] == 0.0
+
+
+def test_own_table(run):
+    values = run(
+        "05_own_table",
+        tasks="sorted(report['test'])",
+        rows="{part: len(prepared.part_rows(part)) for part in ('train', 'validation', 'test')}",
+        auc="report['test']['click']['auc']",
+        rmse="report['test']['revenue']['rmse']",
+        weights="cards.groupby('task')['mean_weight'].sum().to_dict()",
+        groups="sorted(set(weights['variable']))",
+        answer="answer",
+        served_difference="served_difference",
+        ranks="profiles.groupby('user')['rank'].apply(list).tolist()",
+        falling="profiles.groupby('user')['probability'].apply(lambda p: p.is_monotonic_decreasing).all()",
+        users="[profiles['user'].nunique(), pd.Series(prepared.users.key).nunique()]",
+    )
+    assert values["tasks"] == ["click", "install", "revenue"]
+    assert values["rows"] == {"train": 2_100, "validation": 300, "test": 600}
+    assert values["auc"] > 0.5 and values["rmse"] > 0
+    assert values["weights"] == {task: pytest.approx(1.0) for task in ("click", "install", "revenue")}
+    assert values["groups"] == ["age", "all", "categories", "interests"]
+    assert 0 < values["answer"]["install"] < values["answer"]["click"] < 1
+    assert values["served_difference"] < 1e-5
+    assert set(map(tuple, values["ranks"])) == {(1, 2, 3)} and values["falling"]
+    assert values["users"][0] == values["users"][1]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

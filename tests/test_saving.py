@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What files keep of every way to build a model: `.keras` files, and the SavedModels of `keras.Model.export`.
 
 Under TensorFlow alone: other backends load the same files, and the tests of the models have round trips under JAX.

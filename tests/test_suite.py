@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark suite on a small dataset: its sums are right, and what has been measured is kept."""
 
 import json

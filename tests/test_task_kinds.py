@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Count and multi-class tasks go the whole way: from the declaration over training and reports to the SavedModel."""
 
 import dataclasses

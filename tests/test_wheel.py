@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wheel, in an environment that has its declared dependencies and nothing else."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the experts of a model learned: tables, pictures, verdict, and the page on a finished run."""
 
 from mvke_tf.errors import require_extra
@@ -10,13 +11,14 @@ from mvke_tf.analysis.report import Analysis, analyze_run
 from mvke_tf.analysis.study import Study
 from mvke_tf.analysis.tables import (
     analyze_expert_weights,
-    expert_cards,
+    contribution_shares,
     expert_similarity,
     field_attention,
     gate_effect,
     gate_entropy,
     gate_weights,
     item_map,
+    kernel_cards,
     kernel_similarity,
     utilisation,
 )
@@ -34,7 +36,7 @@ __all__ = [
     "Verdict",
     "analyze_expert_weights",
     "analyze_run",
-    "expert_cards",
+    "contribution_shares",
     "expert_similarity",
     "explain_user",
     "field_attention",
@@ -43,6 +45,7 @@ __all__ = [
     "gate_weights",
     "item_map",
     "judge",
+    "kernel_cards",
     "kernel_similarity",
     "user_state",
     "utilisation",

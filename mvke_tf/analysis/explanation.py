@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One user explained: the items that a model puts highest, and what each expert contributes to that.
 
 Every output is made of `logit = Σ_e g_e ⟨expert_e(user), tag(item)⟩`. (With `Task(given=...)` that is the logit given

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One picture per table; all are readable in black and white and for colour-blind eyes.
 
 Colour runs along one map of rising lightness, every cell and bar states its number, and marks differ in shape.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One self-contained HTML page: pictures as data URIs, no external resource, sane on phone and desktop."""
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ figure img { display: block; height: auto; max-width: 100%; }
 figcaption { display: none; color: #444; font-size: .92rem; position: sticky; left: 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: .8rem; }
 .card { border: 1px solid #ccc; border-radius: .4rem; padding: .2rem .9rem; font-size: .92rem; }
-.card h3 { margin: .5rem 0 .2rem; font-size: 1rem; } .card p { margin: .3rem 0; }
+.card h3 { margin: .5rem 0 .2rem; font-size: 1rem; } .card dl { margin: .2rem 0 .5rem; }
+.card dt { margin-top: .4rem; color: #555; font-size: .85rem; } .card dd { margin: 0; }
 .table { overflow-x: auto; margin: .5rem 0; max-height: 32rem; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
@@ -51,6 +53,14 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
+class Card:
+    """A small box beside others of its kind: a heading, and `{what: values}`, a line per value."""
+
+    heading: str
+    facts: dict[str, Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Section:
     """A section of the page.
 
@@ -60,7 +70,7 @@ class Section:
         pictures: Pictures.
         tables: `{caption: frame}`, folded up.
         quotes: Boxes of lines, the first a headline: the verdicts.
-        cards: Small boxes of lines side by side, the first a headline.
+        cards: Small boxes side by side.
     """
 
     heading: str
@@ -68,7 +78,7 @@ class Section:
     pictures: tuple[Picture, ...] = ()
     tables: dict[str, pd.DataFrame] = dataclasses.field(default_factory=dict)
     quotes: tuple[str, ...] = ()
-    cards: tuple[str, ...] = ()
+    cards: tuple[Card, ...] = ()
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
@@ -102,10 +112,10 @@ def page(title: str, sections: Sequence[Section]) -> str:
 
 def _section(number: int, section: Section) -> str:
     parts = [f'<h2 id="s{number}">{escape(section.heading)}</h2>']
-    parts += [_box(quote, "verdict") for quote in section.quotes]
+    parts += [_quote(quote) for quote in section.quotes]
     parts += [f"<p>{escape(text)}</p>" for text in section.text]
     if section.cards:
-        parts.append('<div class="cards">\n' + "\n".join(_box(card, "card") for card in section.cards) + "\n</div>")
+        parts.append('<div class="cards">\n' + "\n".join(map(_card, section.cards)) + "\n</div>")
     parts += [_picture(picture) for picture in section.pictures]
     parts += [
         f"<details><summary>Table: {escape(caption)}</summary>\n"
@@ -115,13 +125,21 @@ def _section(number: int, section: Section) -> str:
     return "<section>\n" + "\n".join(parts) + "\n</section>"
 
 
-def _box(text: str, kind: str) -> str:
+def _quote(text: str) -> str:
     first, *lines = text.splitlines()
     rows = [
         f'<p class="{"try" if line.strip().startswith("Try:") else "line"}">{escape(line.strip())}</p>'
         for line in lines
     ]
-    return f'<div class="{kind}">\n<h3>{escape(first)}</h3>\n' + "\n".join(rows) + "\n</div>"
+    return f'<div class="verdict">\n<h3>{escape(first)}</h3>\n' + "\n".join(rows) + "\n</div>"
+
+
+def _card(card: Card) -> str:
+    facts = "\n".join(
+        f"<dt>{escape(what)}</dt>{''.join(f'<dd>{escape(value)}</dd>' for value in values)}"
+        for what, values in card.facts.items()
+    )
+    return f'<article class="card">\n<h3>{escape(card.heading)}</h3>\n<dl>\n{facts}\n</dl>\n</article>'
 
 
 def _picture(picture: Picture) -> str:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The analysis of a finished run: its chapters, as tables, pictures, verdict and one page."""
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from mvke_tf.analysis import figures, tables
 from mvke_tf.analysis.explanation import UserState, explain_user, user_state
-from mvke_tf.analysis.page import Picture, Section, page
+from mvke_tf.analysis.page import Card, Picture, Section, page
 from mvke_tf.analysis.study import Study, has_kernels
 from mvke_tf.analysis.verdict import Verdict, attention_note, judge
 from mvke_tf.data.batches import Interactions
@@ -209,6 +210,10 @@ class Subject:
         return tables.gate_weights(self.study, self.groupings)
 
     @cached_property
+    def shares(self) -> pd.DataFrame:
+        return tables.contribution_shares(self.study, self.groupings)
+
+    @cached_property
     def entropy(self) -> pd.DataFrame:
         return tables.gate_entropy(self.study)
 
@@ -263,33 +268,49 @@ def verdict_chapter(subject: Subject) -> Chapter:
 
 
 def cards_chapter(subject: Subject) -> Chapter | None:
-    """What each expert of each task stands for."""
+    """What each virtual kernel or expert of each task stands for."""
     if not subject.has_gates:
         return None
-    frame = tables.expert_cards(subject.study, subject.weights, subject.names, subject.similarity, subject.effect)
-    text = (
-        "Groups and items in which an expert has more weight than on average; small groups are left out. An expert "
-        "with the same weight everywhere stands for nothing in particular.",
+    frame = tables.kernel_cards(
+        subject.study, subject.weights, subject.shares, subject.names, subject.similarity, subject.effect
     )
-    section = Section("What each expert stands for", text, cards=tuple(map(_card, frame.to_dict("records"))))
-    return Chapter(section, {"experts": frame})
+    what = "kernel" if subject.has_kernels else "expert"
+    read, other = ("item", "user") if subject.study.model.gate_side == "item" else ("user", "item")
+    text = (
+        f"One card per task and {what}. Its weight is what the gate gives it, and depends on the {read} alone. Its "
+        "share of the output is the size of its contribution to the logit, weight times score, over the sum of all, "
+        f"and depends on the {other}, too. In brackets: weight or share there, and how many times its mean that is.",
+        f"Listed is what raises that mean by at least {tables.LEAST_LIFT:.0%} of an equal share. Groups of few "
+        "impressions are left out, and items of few beyond the most frequent, which have "
+        f"{tables.COMMON_ITEMS:.0%} of the impressions together. CKA is the similarity of the outputs, from 0 to 1. "
+        f"Without it: the weight of the {what} goes to the others; nothing is retrained.",
+    )
+    cards = tuple(_card(row, what, read) for row in frame.to_dict("records"))
+    texts = frame.assign(**{name: frame[name].map("; ".join) for name in ("items", "item_groups", "user_groups")})
+    return Chapter(Section(f"What each {what} stands for", text, cards=cards), {"kernel_cards": texts})
 
 
-def _card(row: dict) -> str:
-    lines = [
-        f"{row['task']}: expert {row['expert']}",
-        f"Mean weight {row['mean_weight']:.2f}; strongest in {row['strongest']:.0%} of the impressions.",
-    ]
-    if row["groups"]:
-        lines.append(f"More in: {row['groups']}.")
-    if row["items"]:
-        lines.append(f"Most for: {row['items']}.")
+def _card(row: dict, what: str, read: str) -> Card:
+    used = f"{row['mean_weight']:.2f} on average, the largest in {row['strongest']:.0%} of the impressions"
+    facts = {"Weight": [used]}
+    if np.isfinite(row["mean_share"]):
+        facts["Share of the output"] = [f"{row['mean_share']:.2f} on average"]
+    listed = {"items": "Items", "item_groups": "Item groups", "user_groups": "User groups"}
+    raised = {
+        f"{text} that raise its {'weight' if name.startswith(read) else 'share'}": row[name]
+        for name, text in listed.items()
+        if row[name]
+    }
+    facts |= raised or {"Raised by": ["nothing in particular"]}
     if np.isfinite(row["difference"]):
-        lines.append(f"Without it {row['metric'].upper()} {row['difference']:+z.4f}.")
+        facts["Without it"] = [f"{row['metric'].upper()} {row['difference']:+z.4f}"]
     if row["most_similar"] >= 0:
-        lines.append(f"Most similar: expert {row['most_similar']} (CKA {row['cka']:.2f}).")
-    # A line break in a name must not end a line of the card.
-    return "\n".join(" ".join(line.split()) for line in lines)
+        facts["Most similar"] = [f"{what} {row['most_similar']} (CKA {row['cka']:.2f})"]
+    # A line break in a name is none of the page.
+    return Card(
+        f"{row['task']}: {what} {row['expert']}",
+        {name: [" ".join(value.split()) for value in values] for name, values in facts.items()},
+    )
 
 
 def gates_chapter(subject: Subject) -> Chapter | None:
@@ -306,10 +327,12 @@ def gates_chapter(subject: Subject) -> Chapter | None:
     text = (
         "Each cell is the mean gate weight over the impressions of a group; an item or user counts in each of its "
         "groups. All pictures have the same colours, and groups of few impressions are pale. The gates of this model "
-        f"read the {side}: differences between groups of the other side come from the mix of impressions.",
+        f"read the {side}: differences between groups of the other side come from the mix of impressions. How much of "
+        "the output each expert makes in a group is in the second table.",
     )
-    section = Section("What the gates choose", text, tuple(pictures), {"gate weights by group": subject.weights})
-    return Chapter(section, {"gate_weights": subject.weights})
+    shown = {"gate weights by group": subject.weights, "shares of the output by group": subject.shares}
+    named = {"gate_weights": subject.weights, "contribution_shares": subject.shares}
+    return Chapter(Section("What the gates choose", text, tuple(pictures), shown), named)
 
 
 def usage_chapter(subject: Subject) -> Chapter | None:

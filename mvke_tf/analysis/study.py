@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model does on a set of interactions, once per distinct user and item: gates, experts, tags, field attention.
 
 Everything here is the output of a part of the model; nothing is computed a second way.
@@ -135,15 +136,36 @@ class Study:
             raise ValueError(f"Only MVKE has field attention. Received: the model {self.model.name!r}")
         return self.evaluate(part, "user")
 
-    def scores(self, task: str) -> np.ndarray:
+    @cached_property
+    def scores(self) -> dict[str, np.ndarray]:
         """Inner products of expert outputs and tag, `⟨expert_e(user), tag(item)⟩`, of all interactions.
 
         Returns:
-            `(n, E_task)` float64, in the order of the experts of the gate.
+            `{task: (n, E_task)}` float64, in the order of the experts of the gate; no multi-class tasks.
         """
-        tags = self.tags[task][self.item_rows]
-        outputs = (self.expert_outputs[self.user_rows, expert] for expert in self.gates[task].experts)
-        return np.stack([np.einsum("nd,nd->n", output, tags, dtype=np.float64) for output in outputs], axis=1)
+        found = {}
+        for task, gate in self.gates.items():
+            if task in self.model.ranked_tasks:
+                tags = self.tags[task][self.item_rows]
+                outputs = (self.expert_outputs[self.user_rows, expert] for expert in gate.experts)
+                products = [np.einsum("nd,nd->n", output, tags, dtype=np.float64) for output in outputs]
+                found[task] = np.stack(products, axis=1)
+        return found
+
+    @cached_property
+    def contribution_shares(self) -> dict[str, np.ndarray]:
+        """How much of the output of a task each expert makes: the size of `g_e ⟨expert_e, tag⟩` over that of all.
+
+        Returns:
+            `{task: (n, E_task)}` float64; each row sums to 1. Equal where nothing contributes. No multi-class tasks.
+        """
+        found = {}
+        for task, scores in self.scores.items():
+            gate = self.gates[task]
+            sizes = np.abs(scores * gate.weights[self.rows(gate.side)])
+            total = sizes.sum(axis=1, keepdims=True)
+            found[task] = np.divide(sizes, total, out=np.full_like(sizes, 1.0 / sizes.shape[1]), where=total > 0)
+        return found
 
     def products(self, tasks: Sequence[str]) -> dict[str, np.ndarray]:
         """Inner products of user and item vectors of all interactions, `{task: (n,)}` float64; no multi-class tasks."""

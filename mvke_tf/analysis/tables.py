@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tidy tables of what the gates and experts of a model do."""
 
 from __future__ import annotations
@@ -5,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,10 @@ Names = Sequence[str] | np.ndarray
 ALL = "all"
 AS_TRAINED, MEAN_WEIGHTS = "as trained", "mean weights"
 MAPS = ("pca", "tsne", "umap")
+# Items of few impressions make a card if they are among the most frequent, which have this share of the impressions.
+COMMON_ITEMS = 0.5
+# What raises an expert lifts its share by at least this much of an equal share.
+LEAST_LIFT = 0.1
 # Items on a map: more of them hide one another, and t-SNE would take hours.
 MOST_POINTS = 20_000
 
@@ -35,10 +41,10 @@ def gate_weights(study: Study, groupings: Iterable[Grouping] = ()) -> pd.DataFra
         groupings: Groups of the rows of the tables that the study was given.
 
     Returns:
-        One row per task, group and expert: `task`, `variable`, `group`, `expert`, `mean_weight` (sums to 1 over the
-        experts of a task), `strongest` (share of the impressions in which the expert has the largest weight; ties
-        count in parts) and `impressions`. All impressions are the group `"all"` of the variable `"all"`. A group
-        without impressions has no row.
+        One row per task, group and expert: `task`, `side` (`"item"` or `"user"`: whose group it is), `variable`,
+        `group`, `expert`, `mean_weight` (sums to 1 over the experts of a task), `strongest` (share of the impressions
+        in which the expert has the largest weight; ties count in parts) and `impressions`. All impressions are the
+        group `"all"` of the variable `"all"` and of the side `"all"`. A group without impressions has no row.
 
     Raises:
         ConfigError: If the model has no gates.
@@ -47,16 +53,19 @@ def gate_weights(study: Study, groupings: Iterable[Grouping] = ()) -> pd.DataFra
     tables = []
     groupings = list(groupings)
     for gate in study.gates.values():
-        counts = {(ALL, ALL): gate.counts}
+        counts = {(ALL, ALL, ALL): gate.counts}
         for grouping in groupings:
-            counts |= _group_counts(study, gate.side, grouping)
-        for (variable, group), count in counts.items():
+            inside = _inside(study, grouping)
+            of_group = group_counts(inside, study.rows(gate.side), len(study.source(gate.side)))
+            counts |= dict(zip(_keys(grouping), of_group, strict=True))
+        for (side, variable, group), count in counts.items():
             if count.sum():
                 use = gate.reweighted(count)
                 tables.append(
                     pd.DataFrame(
                         {
                             "task": gate.task,
+                            "side": side,
                             "variable": variable,
                             "group": group,
                             "expert": gate.experts,
@@ -69,17 +78,60 @@ def gate_weights(study: Study, groupings: Iterable[Grouping] = ()) -> pd.DataFra
     return pd.concat(tables, ignore_index=True)
 
 
-def _group_counts(study: Study, side: str, grouping: Grouping) -> dict[tuple[str, str], np.ndarray]:
-    """Impressions of each entity of `side` in each group."""
+def _inside(study: Study, grouping: Grouping) -> np.ndarray:
+    """`(n, groups)` bool: the groups in which each impression is."""
     expected = study.table_rows(grouping.side)
     if len(grouping.members) != expected:
         raise ValueError(
             f"Grouping {grouping.variable!r} must have a row for each {grouping.side} of the data, {expected}. "
             f"Received: {len(grouping.members)}"
         )
-    members = grouping.members[study.source(grouping.side)]
-    counts = group_counts(members[study.rows(grouping.side)], study.rows(side), len(study.source(side)))
-    return {(grouping.variable, group): count for group, count in zip(grouping.groups, counts, strict=True)}
+    return grouping.members[study.source(grouping.side)][study.rows(grouping.side)]
+
+
+def _keys(grouping: Grouping) -> list[tuple[str, str, str]]:
+    return [(grouping.side, grouping.variable, group) for group in grouping.groups]
+
+
+def contribution_shares(study: Study, groupings: Iterable[Grouping] = ()) -> pd.DataFrame:
+    """How much of the output of a task each expert makes, over all impressions, and over each group of them.
+
+    Gate weights say what a gate does for the side that it reads; this also says for which entities of the other side an
+    expert matters. See `Study.contribution_shares`.
+
+    Args:
+        study: A two-tower model and data.
+        groupings: Groups of the rows of the tables that the study was given.
+
+    Returns:
+        As `gate_weights`, with `mean_share` (sums to 1 over the experts of a task) for `mean_weight` and `strongest`.
+        Multi-class tasks have no rows.
+
+    Raises:
+        ConfigError: If the model has no gates.
+        ValueError: If a grouping has another number of rows than the table of its side.
+    """
+    inside = {(ALL, ALL, ALL): np.ones(len(study), bool)}
+    for grouping in groupings:
+        inside |= dict(zip(_keys(grouping), _inside(study, grouping).T, strict=True))
+    tables = [pd.DataFrame(columns=["task", "side", "variable", "group", "expert", "mean_share", "impressions"])]
+    for task, shares in study.contribution_shares.items():
+        tables += [
+            pd.DataFrame(
+                {
+                    "task": task,
+                    "side": side,
+                    "variable": variable,
+                    "group": group,
+                    "expert": study.gates[task].experts,
+                    "mean_share": shares[rows].mean(axis=0),
+                    "impressions": int(rows.sum()),
+                }
+            )
+            for (side, variable, group), rows in inside.items()
+            if rows.any()
+        ]
+    return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
 def gate_entropy(study: Study) -> pd.DataFrame:
@@ -147,9 +199,9 @@ def gate_effect(study: Study) -> pd.DataFrame:
         ConfigError: If the model has no gates.
     """
     products, parts = {}, {}
-    gates = {task: gate for task, gate in study.gates.items() if task in study.model.ranked_tasks}
+    gates = {task: study.gates[task] for task in study.scores}
     for task, gate in gates.items():
-        parts[task] = study.scores(task), gate.weights[study.rows(gate.side)]
+        parts[task] = study.scores[task], gate.weights[study.rows(gate.side)]
         products[task] = np.sum(parts[task][0] * parts[task][1], axis=1)
     products |= study.products([task for task in study.model.ranked_tasks if task not in gates])
     rows = []
@@ -293,91 +345,123 @@ def _pairs_frame(what: str, **values: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(columns | {name: array.ravel() for name, array in values.items()})
 
 
-def expert_cards(
+def kernel_cards(
     study: Study,
     weights: pd.DataFrame,
+    shares: pd.DataFrame | None = None,
     names: Names | None = None,
     similarity: pd.DataFrame | None = None,
     effect: pd.DataFrame | None = None,
     most: int = 3,
 ) -> pd.DataFrame:
-    """What each expert of each task stands for: where it has more weight than on average.
+    """What each virtual kernel, or each expert of another model, stands for in each task.
+
+    Items and users of the side that the gate reads raise its *weight*; those of the other side, of which the gate knows
+    nothing, its *share of the output*.
 
     Args:
         study: Model and data.
         weights: As `gate_weights` makes it.
+        shares: As `contribution_shares` makes it; without it the side that the gate does not read is left out.
         names: Name of each row of the table of items; by default there are no items in the cards.
         similarity: As `expert_similarity` makes it.
         effect: As `gate_effect` makes it.
         most: Most groups and items of a card.
 
     Returns:
-        One row per task and expert: `task`, `expert`, `mean_weight`, `strongest`; `metric` and `difference` of that
-        metric without it (NaN if unknown); `most_similar`, the other expert of the task with the highest CKA (-1 if
-        unknown), and that `cka`; `groups` and `items`, texts: the groups that are not small and the items of the
-        catalogue in which its mean weight is furthest above its mean over all impressions, with that weight and
-        its ratio to the mean.
-        Only gates that read the item have items.
+        One row per task and expert: `task`, `expert`, `mean_weight`, `strongest`; `mean_share`, of the output (NaN if
+        unknown); `metric` and `difference` of that metric without it (NaN if unknown); `most_similar`, the other expert
+        of the task whose outputs have the highest CKA (-1 if unknown), and that `cka`; `items`, `item_groups` and
+        `user_groups`, tuples of texts: where its mean weight or share is furthest above that over all impressions, and
+        by a tenth of an equal share at least, with its value there and how many times the mean that is. Small groups
+        are left out, and so are items of as few impressions beyond the most frequent, which have half of all.
     """
+    read = study.model.gate_side
+    frames = {read: weights.rename(columns={"mean_weight": "value"})}
+    if shares is not None:
+        frames["user" if read == "item" else "item"] = shares.rename(columns={"mean_share": "value"})
     rows = []
-    total = weights.loc[weights["variable"] == ALL, "impressions"].max()
-    large = weights[(weights["variable"] != ALL) & ~is_small(weights["impressions"], total)]
     for task, gate in study.gates.items():
-        for index, (expert, mean, strongest) in enumerate(
-            zip(gate.experts, gate.mean_weight, gate.strongest, strict=True)
-        ):
-            own = large[(large["task"] == task) & (large["expert"] == expert) & (large["mean_weight"] > mean)]
-            own = own.sort_values("mean_weight", ascending=False, kind="stable").head(most)
-            groups = [
-                f"{row.variable} {row.group} ({_times(row.mean_weight, mean)})" for row in own.itertuples(index=False)
-            ]
-            removed = pd.DataFrame()
+        least = LEAST_LIFT / len(gate.experts)
+        titles, item_values = [], np.empty((0, len(gate.experts)))
+        if names is not None and "item" in frames and len(study.catalogue) > 1:
+            item_rows, item_values = _common_items(study, gate)
+            titles = [str(names[row]) for row in item_rows]
+        for index, expert in enumerate(gate.experts):
+            card: dict[str, Any] = {
+                "task": task,
+                "expert": expert,
+                "mean_weight": gate.mean_weight[index],
+                "strongest": gate.strongest[index],
+                "mean_share": math.nan,
+                "metric": "",
+                "difference": math.nan,
+                "most_similar": -1,
+                "cka": math.nan,
+                "items": (),
+                "item_groups": (),
+                "user_groups": (),
+            }
             if effect is not None:
                 removed = effect[(effect["task"] == task) & (effect["expert"] == expert)]
-            other, cka = _most_similar(similarity, expert, gate.experts)
-            rows.append(
-                {
-                    "task": task,
-                    "expert": expert,
-                    "mean_weight": mean,
-                    "strongest": strongest,
-                    "metric": removed["metric"].iloc[0] if len(removed) else "",
-                    "difference": removed["difference"].iloc[0] if len(removed) else math.nan,
-                    "most_similar": other,
-                    "cka": cka,
-                    "groups": ", ".join(groups),
-                    "items": ", ".join(_raised_items(study, gate, index, mean, names, most)),
-                }
-            )
+                card |= dict(removed[["metric", "difference"]].iloc[0]) if len(removed) else {}
+            if similarity is not None:
+                card |= _most_similar(similarity, expert, gate.experts)
+            for side, frame in frames.items():
+                own = frame[(frame["task"] == task) & (frame["expert"] == expert)]
+                if own.empty:
+                    continue
+                mean, total = own.loc[own["variable"] == ALL, ["value", "impressions"]].iloc[0]
+                if side != read:
+                    card["mean_share"] = mean
+                large = own[(own["side"] == side) & ~is_small(own["impressions"], total)]
+                labels = large["variable"] + " " + large["group"]
+                card[f"{side}_groups"] = _raised(labels.tolist(), large["value"].to_numpy(), mean, least, most)
+                if side == "item":
+                    card["items"] = _raised(titles, item_values[:, index], mean, least, most)
+            rows.append(card)
     return pd.DataFrame(rows)
 
 
-def _times(weight: float, mean: float) -> str:
-    return f"{weight:.2f}, {weight / mean:.1f}x"
+def _common_items(study: Study, gate: GateUse) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in their table of the items that make cards, `(m,)`, and of each expert the weight or the share, `(m, E)`.
 
-
-def _raised_items(study: Study, gate: GateUse, index: int, mean: float, names: Names | None, most: int) -> list[str]:
-    if gate.side != "item" or names is None or len(study.catalogue) < 2:
-        return []
-    weights = gate.weights[study.catalogue, index]
-    best = np.argsort(-weights, kind="stable")[:most]
-    rows = study.source_items[study.catalogue[best]]
-    return [
-        f"{names[row]} ({_times(weight, mean)})"
-        for row, weight in zip(rows, weights[best], strict=True)
-        if weight > mean
+    Shares where the gate does not read the item.
+    """
+    counts = study.impressions("item")
+    descending = np.sort(counts[study.catalogue])[::-1]
+    together = np.cumsum(descending)
+    fewest = descending[np.searchsorted(together, COMMON_ITEMS * together[-1])]
+    own = counts[study.catalogue]
+    common = study.catalogue[(own >= max(fewest, 1)) | ~is_small(own, len(study))]
+    if gate.side == "item":
+        return study.source_items[common], gate.weights[common]
+    if gate.task not in study.scores:
+        return common[:0], gate.weights[:0]
+    sums = [
+        np.bincount(study.item_rows, weights=share, minlength=len(counts))
+        for share in study.contribution_shares[gate.task].T
     ]
+    return study.source_items[common], np.stack(sums, axis=1)[common] / counts[common, None]
 
 
-def _most_similar(similarity: pd.DataFrame | None, expert: int, experts: Sequence[int]) -> tuple[int, float]:
-    if similarity is not None:
-        others = [other for other in experts if other != expert]
-        rows = similarity[(similarity["expert_a"] == expert) & similarity["expert_b"].isin(others)]
-        rows = rows[rows["cka"].notna()]
-        if len(rows):
-            best = rows.loc[rows["cka"].idxmax()]
-            return int(best["expert_b"]), float(best["cka"])
-    return -1, math.nan
+def _raised(labels: Sequence[str], values: np.ndarray, mean: float, least: float, most: int) -> tuple[str, ...]:
+    best = np.argsort(-values, kind="stable")[:most]
+    return tuple(
+        f"{labels[place]} ({values[place]:.2f}, {values[place] / mean:.1f}x)"
+        for place in best
+        if values[place] >= mean + least
+    )
+
+
+def _most_similar(similarity: pd.DataFrame, expert: int, experts: Sequence[int]) -> dict[str, Any]:
+    others = [other for other in experts if other != expert]
+    rows = similarity[(similarity["expert_a"] == expert) & similarity["expert_b"].isin(others)]
+    rows = rows[rows["cka"].notna()]
+    if rows.empty:
+        return {}
+    best = rows.loc[rows["cka"].idxmax()]
+    return {"most_similar": int(best["expert_b"]), "cka": float(best["cka"])}
 
 
 def item_map(study: Study, method: str = "pca", names: Names | None = None, seed: int = 0) -> pd.DataFrame:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the numbers mean, in words: balanced, specialised, collapsed, uniform; dead and identical experts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of interactions: encoded tables, gathered by row in a seeded order, shard by shard where there are several.
 
 Orders, and the batches of shards, are made with NumPy alone. Where all data are in memory, and under TensorFlow,

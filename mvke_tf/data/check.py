@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What would become of a dataset: its first rows, prepared, column by column. What `mvke check` says."""
 
 from __future__ import annotations

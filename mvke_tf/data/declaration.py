@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A dataset as its owner declares it: where the rows are, what the columns mean, and what is predicted.
 
 A declaration is one TOML file beside tables that exist already, `Dataset.from_toml`, or the same from Python,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A first declaration of a table, guessed from names and values: what `mvke init` writes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From raw columns to what a model reads; the same code in preparation and inside a SavedModel.
 
 A raw table is a dictionary of equally long arrays, one per feature; a multi-valued feature is a pair of arrays

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Durations and SQL conditions as declarations write them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of tables, found by path or glob and read as frames: CSV, Parquet, and TFRecord of `tf.train.Example`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Groups of users or items, over which metrics and gate weights are broken down."""
 
 from __future__ import annotations

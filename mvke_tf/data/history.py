@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is known before a moment: of a user from their earlier rows, and of an item from its own.
 
 Everything is a function of arrays: the rows of a log by owner (a user or an item), and per question an owner and a

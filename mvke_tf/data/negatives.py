@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Items that were not shown: draws for each row of the log, exact and never an item that the user has had.
 
 A draw is a function of the seed and of the row's position in the ordered log, and knows nothing later than its row

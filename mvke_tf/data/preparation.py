@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a declared dataset to a prepared one: labels, parts, negatives, histories, statistics, vocabularies, encoding.
 
 Nothing is written before everything has been checked.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which part of the log each row belongs to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A prepared dataset: encoded users and items, and the interactions between them; in memory, or a folder of Parquet."""
 
 from __future__ import annotations

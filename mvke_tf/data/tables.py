@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of a dataset, read column by column and cast strictly.
 
 Nothing is guessed: a cell that is not what its use expects is an error that names file, row, column and value. Null,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How single values of a declaration are read, and how messages show them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Datasets that come with the package: a declaration each, and a program that makes their tables.
 
 A dataset here is a package with one or more declarations (TOML) and two functions: `options(name)`, what a user can

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Archives from the network: over HTTP or through pip, checked by their checksum, unpacked member by member."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a built-in dataset lets its user choose, described for a command line. Imports nothing heavy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation: metrics of a model per task, kind of user and group; the report of a run and its pictures."""
 
 from mvke_tf.evaluation.calibration import METHODS, calibrate_run, calibration_table

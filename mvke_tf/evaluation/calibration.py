@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calibration of binary tasks: fitted on the validation part, kept with the run, applied by export and evaluation."""
 
 from __future__ import annotations

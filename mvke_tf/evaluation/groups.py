@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics by group of users or items, as a table and as pictures."""
 
 from __future__ import annotations

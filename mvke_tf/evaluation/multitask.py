@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics of every task of a model on a dataset that need not be declared, in one call."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was predicted for the rows of one part of the data, and what came of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report of a run: metrics per task and kind of user, by group, and pictures.
 
 A report is `{split: {task: {metric: value}}}`. The split of a part is its name (`"test"`). Where users have ids, the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models without a neural network, on the same data as the others: popularity and gradient-boosted trees.
 
 They say how much of a result is owed to the data alone. Both learn binary tasks, each task by itself.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Comparison of models: the same data and budget for all, several seeds, one run directory per model and seed.
 
 <out>/

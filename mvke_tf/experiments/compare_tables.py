@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables and the picture of a comparison of models."""
 
 from __future__ import annotations

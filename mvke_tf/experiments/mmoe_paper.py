@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The MMoE paper's own experiment: shared bottom, one-gate MoE and MMoE on two tasks as related as one asks.
 
 Ma et al., KDD 2018, sections 3.3 and 5. Sizes are the paper's: 100 features, 8 experts of one layer of 16 units, towers

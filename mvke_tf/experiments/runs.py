@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs as one step of a longer job: trained if need be, continued if interrupted, quiet."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statistics of repeated runs: intervals, paired tests, and the correction for many of them."""
 
 from __future__ import annotations

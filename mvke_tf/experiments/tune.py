@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Search for good settings of a model with KerasTuner.
 
 <out>/

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The synthetic two-task regression data of the MMoE paper, whose tasks are as related as one asks."""
 
 from __future__ import annotations

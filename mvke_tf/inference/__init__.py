@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models on data outside training: vectors, predictions, gates, exact top-k, vector index."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interactions from whatever a model can be trained on."""
 
 from __future__ import annotations

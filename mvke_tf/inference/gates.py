@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates of a model on data: weights per entity, how experts are used, and what is wrong with that.
 
 A gate depends on one side only, so it runs once per distinct user state or item, and the impressions of each weigh the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vector search: an index over item vectors that finds the largest inner products without computing all of them.
 
 The graph and the cells of approximate search are made for distances: a vector that is long but points elsewhere

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model predicts of pairs, from the vectors of their distinct users and items."""
 
 from __future__ import annotations

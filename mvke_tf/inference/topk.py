@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact scoring of all pairs of users and items: products of vectors, tile by tile, and the best of each user.
 
 Nothing here ever holds users x items. A tile is at most `TILE_USERS` users by `TILE_ITEMS` items, and its shape is the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one batch loop outside training: a model, or a part of it, on all rows of an encoded table."""
 
 from __future__ import annotations

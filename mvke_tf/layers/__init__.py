@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keras layers of the multi-task models, in `keras.ops` only."""
 
 from mvke_tf.layers.calibration import CalibratedLogit, LogitMap

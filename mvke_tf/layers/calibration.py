@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What makes calibrated logits of a model's: a rising function, the same in a SavedModel, in ONNX and on arrays."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fields: embeddings, stacked side by side, and made unknown while training."""
 
 from __future__ import annotations

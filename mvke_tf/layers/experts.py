@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expert networks: banks of MLPs, evaluated as one batched contraction per layer, and a convolutional expert."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates: how much each task listens to each expert, and the mixtures that follow from it."""
 
 from __future__ import annotations

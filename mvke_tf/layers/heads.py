@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scoring heads that every two-tower model shares: from user and item vectors to logits and values."""
 
 from __future__ import annotations

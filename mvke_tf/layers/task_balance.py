@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights of the losses of several tasks that follow from the losses and gradients of each step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learned weights of the losses of several tasks."""
 
 from __future__ import annotations

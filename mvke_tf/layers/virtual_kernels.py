@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The virtual kernels and the attention by which each of them reads the user's fields."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models of tasks that follow one another (a conversion after a click), in the order of the tasks: AITM and ResFlow."""
 
 from __future__ import annotations

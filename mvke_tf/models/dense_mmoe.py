@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plain MMoE (Ma et al., KDD 2018) on a dense input vector, for any multi-task problem."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MMoE: Multi-gate Mixture of Experts (Ma et al., KDD 2018), with the published tag tower on the item side."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every multi-task model of this package is: a functional Keras model that knows its tasks and parts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MVKE: Mixture of Virtual-Kernel Experts (Xu et al., KDD 2022, arXiv 2106.07356)."""
 
 from __future__ import annotations

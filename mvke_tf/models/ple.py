@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CGC and PLE: Progressive Layered Extraction (Tang et al., RecSys 2020).
 
 In CGC a task sees experts of its own and shared ones; PLE stacks several levels of CGC. The item side is the published

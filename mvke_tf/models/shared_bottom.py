@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models without gates: shared bottom, hard sharing, single task."""
 
 from __future__ import annotations

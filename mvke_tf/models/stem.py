@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """STEM: shared and task-specific embeddings (Su et al., AAAI 2024, arXiv 2308.13537), as two towers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all two-tower models share: field embeddings, scoring heads, and what a model knows of itself.
 
 A model file builds two towers and nothing else. Every logit is the inner product of a vector that depends on the

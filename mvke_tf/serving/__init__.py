@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trained model becomes: a SavedModel, ONNX files, profiles of users in bulk, a REST server.
 
     <path>/<version>/

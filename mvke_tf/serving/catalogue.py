@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The items that a SavedModel knows by id: their names, and their vectors, computed once at export."""
 
 from __future__ import annotations

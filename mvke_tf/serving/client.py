@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls a SavedModel by the names of its inputs, and checks them first. Needs TensorFlow and nothing else.
 
 A copy of this file lies beside every exported model:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Versions of a SavedModel on disk, as TensorFlow Serving expects them."""
 
 from __future__ import annotations

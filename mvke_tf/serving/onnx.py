@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trained model as ONNX: encoded features in, the model's outputs or a tower's vectors out. Needs the extra `onnx`.
 
     <component>.onnx   inputs by feature name, outputs by task name, any number of rows

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The functions of a SavedModel: one model, its encoder and its catalogue behind several signatures."""
 
 from __future__ import annotations

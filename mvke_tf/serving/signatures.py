@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a signature of a SavedModel takes and gives: named tensors, their description in words, and checks."""
 
 from __future__ import annotations

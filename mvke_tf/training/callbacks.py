@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What happens after every batch and epoch: divergence stops the training, the validation is measured, the run kept."""
 
 from __future__ import annotations

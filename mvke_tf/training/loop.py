@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training: from a dataset and settings to the best checkpoint in a run directory."""
 
 from __future__ import annotations

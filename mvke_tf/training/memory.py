@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What embedding tables and their optimizer hold in memory, known before anything of it is allocated."""
 
 from __future__ import annotations

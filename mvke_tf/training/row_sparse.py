@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Updates of embedding tables that cost what a batch touches, not what a table holds."""
 
 from __future__ import annotations

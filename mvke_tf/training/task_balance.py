@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training step whose gradient is balanced between the tasks, under TensorFlow and JAX."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the validation part says after an epoch: exact metrics and the loss, from one pass of predictions."""
 
 from __future__ import annotations

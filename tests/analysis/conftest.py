@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models with known gates, and a study of the small run."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The analysis of a run: its files, its pictures, and its page in a real browser."""
 
 import io
@@ -22,7 +23,7 @@ from mvke_tf.analysis.figures import (
     weights_figure,
     weights_scale,
 )
-from mvke_tf.analysis.page import Picture, Section, page
+from mvke_tf.analysis.page import Card, Picture, Section, page
 from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.preparation import prepare
@@ -39,7 +40,15 @@ FIGURES = {
     *("map_click", "map_buy", "user_click", "user_buy"),
 }
 TABLES = {
-    *("gate_weights", "experts", "utilisation", "gate_entropy", "gate_effect", "expert_similarity"),
+    *(
+        "gate_weights",
+        "contribution_shares",
+        "kernel_cards",
+        "utilisation",
+        "gate_entropy",
+        "gate_effect",
+        "expert_similarity",
+    ),
     *("kernel_similarity", "field_attention", "map_pca", "user"),
 }
 
@@ -100,8 +109,37 @@ def test_the_tables(analysed):
         np.testing.assert_allclose(best["logit"], model(features)[task][:, 0], rtol=1e-5, atol=1e-5)
         assert best["item"].tolist() == prepared.items.names[items].tolist()
     assert state.name in (run.folder / "analysis" / "analysis.html").read_text()
-    # Every expert that a task sees has a card.
-    assert tables["experts"]["task"].value_counts().to_dict() == {"click": 3, "buy": 4}
+
+
+def test_every_kernel_that_a_task_sees_has_a_card(analysed):
+    run = analysed[2]
+    folder = run.folder / "analysis"
+    cards = pd.read_csv(folder / "tables" / "kernel_cards.csv", keep_default_na=False).set_index(["task", "expert"])
+    assert cards.index.tolist() == [*(("click", k) for k in (0, 1, 2)), *(("buy", k) for k in (1, 2, 3, 4))]
+    prepared, model = run.prepared, run.load_model()
+    pairs = prepared.part("test")
+    gates = model.gates({name: prepared.items.encoded[name][pairs.item_rows] for name in model.gates.input})
+    effect = pd.read_csv(folder / "tables" / "gate_effect.csv").set_index(["task", "expert"])["difference"]
+    alike = pd.read_csv(folder / "tables" / "expert_similarity.csv").set_index(["expert_a", "expert_b"])["cka"]
+    text = (folder / "analysis.html").read_text(encoding="utf-8")
+    shown = dict(re.findall(r'<article class="card">\n<h3>(.*?)</h3>\n(.*?)</article>', text, re.DOTALL))
+    assert list(shown) == [f"{task}: kernel {kernel}" for task, kernel in cards.index]
+    for (task, kernel), card in cards.iterrows():
+        weights = np.asarray(gates[task])[:, list(model.experts_of(task)).index(kernel)]
+        assert card["mean_weight"] == pytest.approx(weights.mean(), abs=1e-6)
+        assert card["difference"] == pytest.approx(effect[task, kernel])
+        others = [other for other in model.experts_of(task) if other != kernel]
+        assert card["most_similar"] == max(others, key=lambda other: alike[kernel, other])
+        page = shown[f"{task}: kernel {kernel}"]
+        assert f"<dd>{weights.mean():.2f} on average, the largest in" in page
+        assert f"<dt>Without it</dt><dd>AUC {card['difference']:+z.4f}</dd>" in page
+        assert f"<dd>kernel {card['most_similar']} (CKA {card['cka']:.2f})</dd>" in page
+        # Items by weight, the highest first, of those with the most impressions.
+        highest = [float(entry.rsplit("(", 1)[1].split(",")[0]) for entry in card["items"].split("; ") if entry]
+        assert highest == sorted(highest, reverse=True)
+        listed = [" ".join(entry.split()) for entry in card["items"].split("; ") if entry]
+        assert all(f"<dd>{entry}</dd>" in page for entry in listed)
+    assert any(cards["items"])
 
 
 def test_the_pictures(analysed):
@@ -126,8 +164,8 @@ def test_the_page_is_self_contained(analysed):
     assert text.count("<h1>") == 1 and text.index("Verdict") < text.index("<img")
     assert "What the experts of &lt;b&gt;&amp;run learned" in text and "<b>" not in text
     # The points of the map, and the cards, are tables in CSV files alone.
-    assert text.count("<table") == len(TABLES - {"map_pca", "experts"})
-    assert text.count('class="card"') == 7 and "<h3>buy: expert 4</h3>" in text
+    assert text.count("<table") == len(TABLES - {"map_pca", "kernel_cards"})
+    assert text.count('class="card"') == 7 and "<h3>buy: kernel 4</h3>" in text
     assert "Heat map of the mean gate weight of each expert by age of the user (years), per task" in text
 
 
@@ -205,6 +243,8 @@ def test_other_models(tiny_run, name, monkeypatch):
         # Gates start near uniform, and nothing is lost without their choice.
         assert [verdict.state for verdict in analysis.verdicts] == ["uniform", "uniform"]
         assert pictures == FIGURES - {"field_attention", "kernels_cosine"}
+        text = analysis.page.read_text()
+        assert "What each expert stands for" in text and "<h3>click: expert 0</h3>" in text and "kernel 0" not in text
 
 
 def test_more_rows_than_are_looked_at(tiny_run, monkeypatch, caplog):
@@ -383,11 +423,12 @@ def test_the_page_escapes_what_it_shows():
         (Picture("w", wide, 'alt "wide" <'), Picture("n", narrow, "alt narrow")),
         {"<caption>": pd.DataFrame({"<column>": ["<cell>"], "number": [0.5], "none": [np.nan]})},
         ("<quote>\n  <line>\n  Try: <this>",),
-        ("<card>\n<of it>",),
+        (Card("<card>", {"<what>": ["<one>", "<two>"]}),),
     )
     text = page("<title>", [section])
     assert text.count("<heading>") + text.count("<text>") + text.count("<cell>") + text.count("<card>") == 0
-    assert '<p class="try">Try: &lt;this&gt;</p>' in text and '<div class="card">\n<h3>&lt;card&gt;</h3>' in text
+    assert '<p class="try">Try: &lt;this&gt;</p>' in text and '<article class="card">\n<h3>&lt;card&gt;</h3>' in text
+    assert "<dt>&lt;what&gt;</dt><dd>&lt;one&gt;</dd><dd>&lt;two&gt;</dd>" in text
     assert "<td>0.5000</td>" in text and "<td></td>" in text
     assert text.count("Scroll sideways") == 1 and text.count('class="wide"') == 2
     assert 'alt="alt &quot;wide&quot; &lt;"' in text

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 import dataclasses
 
 import numpy as np
@@ -85,9 +86,17 @@ def test_scores_and_products_are_the_logits(make_model, pairs, name):
     for task, gate in study.gates.items():
         logits = np.asarray(model(PAIRS)[task])[:, 0]
         np.testing.assert_allclose(products[task], logits, rtol=1e-5, atol=1e-5)
-        weighted = (study.scores(task) * gate.weights[study.rows(gate.side)]).sum(axis=1)
-        np.testing.assert_allclose(weighted, logits, rtol=1e-5, atol=1e-5)
+        parts = study.scores[task] * gate.weights[study.rows(gate.side)]
+        np.testing.assert_allclose(parts.sum(axis=1), logits, rtol=1e-5, atol=1e-5)
+        expected = [[abs(part) / sum(map(abs, row)) for part in row] for row in parts.tolist()]
+        np.testing.assert_allclose(study.contribution_shares[task], expected, rtol=1e-12)
     assert study.products([]) == {}
+
+
+def test_shares_of_nothing_are_equal(make_model, pairs):
+    study = Study(make_model("mvke"), pairs)
+    study.tags = {task: np.zeros_like(tags) for task, tags in study.tags.items()}
+    assert (study.contribution_shares["ctr"] == 1 / len(study.gates["ctr"].experts)).all()
 
 
 def test_labels_of_no_weight_are_undefined(make_model, pairs):

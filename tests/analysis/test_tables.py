@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import sys
 import types
@@ -12,13 +13,14 @@ from mvke_tf.analysis import (
     Study,
     Thresholds,
     analyze_expert_weights,
-    expert_cards,
+    contribution_shares,
     expert_similarity,
     field_attention,
     gate_effect,
     gate_entropy,
     gate_weights,
     item_map,
+    kernel_cards,
     kernel_similarity,
     utilisation,
 )
@@ -32,6 +34,7 @@ from mvke_tf.schema import Task
 from tests.analysis.conftest import set_gate
 from tests.models.problems import ITEMS, PAIRS, SCHEMA, USERS
 
+TABLES_OF_CARDS = (gate_weights, contribution_shares)
 SEVERAL = SCHEMA.with_tasks((Task("ctr"), Task("cvr", given="ctr"), Task("rating", "regression", offset=3.5)))
 
 
@@ -242,7 +245,7 @@ def test_effect_of_the_gate_and_of_each_expert(make_model, pairs, name):
         logits = np.asarray(model(PAIRS)[task])[:, 0]
         assert rows.loc["as trained", "value"] == pytest.approx(auc(pairs.labels[task], logits))
         weights = gate.weights[study.rows(gate.side)]
-        scores = study.scores(task)
+        scores = study.scores[task]
         mean = (scores * weights.mean(axis=0)).sum(axis=1)
         assert rows.loc["mean weights", "value"] == pytest.approx(auc(pairs.labels[task], mean))
         rest = np.delete(weights, 1, axis=1)
@@ -293,41 +296,126 @@ def test_tasks_without_labels_have_no_effect(make_model, pairs):
     assert frame.empty and "difference" in frame
 
 
-def test_cards_of_a_known_gate(make_model, many):
-    study = Study(make_model("mvke"), many, catalogue=np.array([0, 1]))
+def known_study(make_model, many, catalogue):
+    """Items 0, 1, 2 have 300, 200, 200 impressions; the gate of ctr and the scores of its two experts are known."""
+    study = Study(make_model("mvke"), many, catalogue=np.array(catalogue))
     gate = study.gates["ctr"]
-    counts = gate.counts.tolist()
-    assert counts == [300, 200, 200]
+    assert gate.counts.tolist() == [300, 200, 200]
     study.gates = {"ctr": dataclasses.replace(gate, experts=(0, 2), weights=np.array([[0.2, 0.8], [0.9, 0.1], [1, 0]]))}
+    # The first expert has the opposite sign for user 1, and three times the size.
+    study.scores = {"ctr": np.where((study.user_rows == 1)[:, None], [-3.0, 1.0], [1.0, 1.0])}
+    return study
+
+
+def test_shares_of_groups_are_means_over_their_impressions(make_model, many):
+    study = known_study(make_model, many, [0, 1, 2])
+    kinds = Grouping("kind", "item", ("a", "b", "none"), np.array([[1, 0, 0], [0, 1, 0], [0, 1, 0]], bool))
+    frame = contribution_shares(study, [kinds, Grouping.of_labels("user", "user", ["u0", "u1", "u2", "u3"])])
+    by_pair = []
+    for user, item in zip(many.user_rows.tolist(), many.item_rows.tolist(), strict=True):
+        weights, scores = {0: (0.2, 0.8), 1: (0.9, 0.1), 2: (1.0, 0.0)}[item], (3, 1) if user == 1 else (1, 1)
+        sizes = [weight * score for weight, score in zip(weights, scores, strict=True)]
+        by_pair.append((user, item, sizes[0] / sum(sizes)))
+    inside = {
+        ("all", "all", "all"): lambda user, item: True,
+        ("item", "kind", "a"): lambda user, item: item == 0,
+        ("item", "kind", "b"): lambda user, item: item > 0,
+        **{("user", "user", f"u{number}"): lambda user, item, number=number: user == number for number in range(4)},
+    }
+    for key, chosen in inside.items():
+        values = [share for user, item, share in by_pair if chosen(user, item)]
+        rows = frame[(frame["side"] == key[0]) & (frame["variable"] == key[1]) & (frame["group"] == key[2])]
+        assert rows["expert"].tolist() == [0, 2] and set(rows["impressions"]) == {len(values)}
+        expected = sum(values) / len(values)
+        assert rows["mean_share"].tolist() == pytest.approx([expected, 1 - expected])
+    # A group without impressions has no row.
+    assert len(frame) == 2 * len(inside)
+    with pytest.raises(ValueError, match=r"a row for each item of the data, 3. Received: 2"):
+        contribution_shares(study, [Grouping.of_labels("x", "item", ["a", "b"])])
+
+
+def test_cards_of_a_known_gate(make_model, many):
+    study = known_study(make_model, many, [0, 1])
     mean = (0.2 * 300 + 0.9 * 200 + 200) / 700
-    kinds = Grouping("kind", "item", ("a", "b", "c"), np.array([[1, 0, 0], [0, 1, 0], [0, 1, 1]], bool))
-    rare = Grouping.of_labels("rare", "user", ["x", "x", "y", "x"])
-    weights = gate_weights(study, [kinds, rare])
+    groupings = [
+        Grouping("kind", "item", ("a", "b", "c"), np.array([[1, 0, 0], [0, 1, 0], [0, 1, 1]], bool)),
+        Grouping.of_labels("user", "user", ["u0", "u1", "u2", "u3"]),
+    ]
+    weights, shares = gate_weights(study, groupings), contribution_shares(study, groupings)
     similarity = pd.DataFrame({"expert_a": [0, 0, 2, 2], "expert_b": [0, 2, 0, 2], "cka": [1, 0.5, 0.5, 1]})
     effect = pd.DataFrame({"task": "ctr", "expert": [-1, 0, 2], "metric": "auc", "difference": [0.0, -0.02, 0.01]})
-    first, second = expert_cards(study, weights, ["i0", "i1", "i2"], similarity, effect).to_dict("records")
+    cards = kernel_cards(study, weights, shares, ["i0", "i1", "i2"], similarity, effect)
+    first, second = cards.to_dict("records")
     assert (first["task"], first["expert"], first["strongest"]) == ("ctr", 0, pytest.approx(4 / 7))
     assert first["mean_weight"] == pytest.approx(mean) and (first["metric"], first["difference"]) == ("auc", -0.02)
     assert (first["most_similar"], first["cka"]) == (2, 0.5) and second["most_similar"] == 0
     # Item 2 is not in the catalogue; the groups b (0.95) and c (1.00) are above the mean of 0.63, and a is below.
-    assert first["items"] == f"i1 (0.90, {0.9 / mean:.1f}x)"
-    by_user = weights[(weights["variable"] == "rare") & (weights["expert"] == 0)].set_index("group")["mean_weight"]
-    above = [
-        f"rare {name} ({by_user[name]:.2f}, {by_user[name] / mean:.1f}x)"
-        for name in by_user.index
-        if by_user[name] > mean
-    ]
-    assert first["groups"].split(", kind ")[0] == f"kind c (1.00, {1 / mean:.1f}x)"
-    assert all(text in first["groups"] for text in (f"kind b (0.95, {0.95 / mean:.1f}x)", *above))
-    assert second["groups"].startswith(f"kind a (0.80, {0.8 / (1 - mean):.1f}x)")
-    assert second["items"] == f"i0 (0.80, {0.8 / (1 - mean):.1f}x)"
+    assert first["items"] == (f"i1 (0.90, {0.9 / mean:.1f}x)",)
+    assert second["items"] == (f"i0 (0.80, {0.8 / (1 - mean):.1f}x)",)
+    assert first["item_groups"] == (f"kind c (1.00, {1 / mean:.1f}x)", f"kind b (0.95, {0.95 / mean:.1f}x)")
+    assert second["item_groups"] == (f"kind a (0.80, {0.8 / (1 - mean):.1f}x)",)
+    # Of users the share of the output counts: their weights come from the mix of items alone.
+    users = shares[(shares["variable"] == "user") & (shares["expert"] == 0)].set_index("group")["mean_share"]
+    share = shares.loc[(shares["variable"] == "all") & (shares["expert"] == 0), "mean_share"].item()
+    assert first["mean_share"] == pytest.approx(share) and second["mean_share"] == pytest.approx(1 - share)
+    above = users[users >= share + 0.05].sort_values(ascending=False)
+    assert first["user_groups"] == tuple(
+        f"user {user} ({value:.2f}, {value / share:.1f}x)" for user, value in above.items()
+    )
+    assert 0 < len(above) < 4
+    assert (kernel_cards(study, weights)[["items", "user_groups"]].map(len) == 0).all(axis=None)
 
 
-def test_cards_leave_out_small_groups_and_what_is_unknown(make_model, pairs):
+def test_cards_of_a_gate_that_reads_the_user(make_model, many):
+    study = Study(make_model("mmoe"), many)
+    set_gate(study.model, "ctr", np.log([0.4, 0.3, 0.2, 0.1]))
+    weights, shares = (make(study, [Grouping.of_labels("user", "user", list("abcd"))]) for make in TABLES_OF_CARDS)
+    cards = kernel_cards(study, weights, shares, ["i0", "i1", "i2"]).query("task == 'ctr'").set_index("expert")
+    # The same weights for every user, so that no user raises one; items do, by their share of the output.
+    assert cards["mean_weight"].tolist() == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=1e-6)
+    assert (cards["user_groups"].map(len) == 0).all()
+    share = pd.DataFrame(study.contribution_shares["ctr"]).groupby(many.item_rows).mean()
+    overall = study.contribution_shares["ctr"].mean(axis=0)
+    for expert in range(4):
+        above = share[expert][share[expert] >= overall[expert] + 0.1 / 4].sort_values(ascending=False)
+        texts = tuple(f"i{item} ({value:.2f}, {value / overall[expert]:.1f}x)" for item, value in above.items())
+        assert cards.loc[expert, "items"] == texts
+    assert cards["items"].map(len).sum() > 0
+
+
+def test_cards_leave_out_small_groups_rare_items_and_what_is_unknown(make_model, pairs):
     study = Study(make_model("mmoe"), pairs)
-    cards = expert_cards(study, gate_weights(study, [Grouping.of_labels("x", "item", ["a", "b", "c"])]), list("abc"))
-    assert len(cards) == 8 and (cards[["groups", "items", "metric"]] == "").all(axis=None)
+    groupings = [Grouping.of_labels("x", "item", ["a", "b", "c"])]
+    cards = kernel_cards(study, gate_weights(study, groupings), contribution_shares(study, groupings))
+    assert len(cards) == 8 and (cards[["items", "item_groups", "user_groups"]].map(len) == 0).all(axis=None)
     assert (cards["most_similar"] == -1).all() and cards[["cka", "difference"]].isna().all(axis=None)
+    assert (cards["metric"] == "").all()
+
+    study = Study(make_model("mvke"), pairs)
+    assert study.impressions("item").tolist() == [3, 2, 2]
+    # Items of 3, 2 and 2 impressions are all small; the first two have half of them, and 1 is as frequent as 2.
+    study.gates = {"ctr": dataclasses.replace(study.gates["ctr"], experts=(0, 1), weights=np.eye(2)[[0, 1, 1]])}
+    assert kernel_cards(study, gate_weights(study), names=list("abc"))["items"].tolist() == [
+        ("a (1.00, 2.3x)",),
+        ("b (1.00, 1.8x)", "c (1.00, 1.8x)"),
+    ]
+    more = pairs.take(np.array([0, 0, 0, 0, 1, 2, 3, 4, 5, 6]))
+    study = Study(study.model, more)
+    counts = study.impressions("item")
+    study.gates = {"ctr": dataclasses.replace(study.gates["ctr"], experts=(0, 1), weights=np.eye(2)[[0, 1, 1]])}
+    frequent = {"abc"[item] for item in range(3) if counts[item] == counts.max()}
+    items = kernel_cards(study, gate_weights(study), names=list("abc"))["items"]
+    assert {text[0] for texts in items for text in texts} == frequent and 2 * counts.max() >= len(more)
+
+
+def test_nothing_raises_an_expert_of_a_gate_that_does_not_choose(make_model, many):
+    study = known_study(make_model, many, [0, 1, 2])
+    gate = study.gates["ctr"]
+    # Less than a tenth of an equal share apart.
+    study.gates = {"ctr": dataclasses.replace(gate, weights=np.array([[0.48, 0.52], [0.5, 0.5], [0.52, 0.48]]))}
+    groupings = [Grouping.of_labels("kind", "item", ["a", "b", "c"])]
+    cards = kernel_cards(study, gate_weights(study, groupings), names=list("abc"))
+    assert (cards[["items", "item_groups"]].map(len) == 0).all(axis=None)
 
 
 def test_analyze_expert_weights_is_use_and_entropy(make_model, pairs):
@@ -359,3 +447,21 @@ def test_interactions_of_one_constant_item(make_model):
     assert entropy.loc["ctr", "weight_deviation"] == 0.0 and abs(entropy.loc["ctr", "information_bits"]) < 1e-12
     effect = gate_effect(study).set_index(["task", "change"])
     assert effect.loc[("ctr", "mean weights"), "difference"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["mvke", "mmoe", "cgc", "ple", "stem"])
+def test_cards_of_every_model_with_gates(make_model, many, name):
+    tasks = (Task("ctr"), Task("cvr", given="ctr"), Task("kind", "multiclass", classes=("a", "b", "c")))
+    study = Study(make_model(name, SCHEMA.with_tasks(tasks)), many)
+    groupings = [Grouping.of_labels("x", "item", ["a", "b", "c"]), Grouping.of_labels("y", "user", list("abcd"))]
+    weights, shares = (make(study, groupings) for make in TABLES_OF_CARDS)
+    cards = kernel_cards(study, weights, shares, list("abc"), expert_similarity(study), gate_effect(study))
+    seen = [(task, expert) for task, gate in study.gates.items() for expert in gate.experts]
+    assert list(zip(cards["task"], cards["expert"], strict=True)) == seen
+    # What a multi-class task puts out is no sum of contributions.
+    assert set(shares["task"]) == {"ctr", "cvr"}
+    one_number = cards["task"] != "kind"
+    assert cards["mean_share"].notna().tolist() == one_number.tolist() == cards["difference"].notna().tolist()
+    assert cards[one_number].groupby("task")["mean_share"].sum().tolist() == pytest.approx([1, 1])
+    unread = "user_groups" if study.model.gate_side == "item" else "item_groups"
+    assert (cards.loc[~one_number, unread].map(len) == 0).all()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is done to a command and to its files. Each returns in words how it ended, and fails by an assertion."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attacks on files at random until the time is over: `make chaos`, or `python -m tests.chaos.campaign --help`.
 
 Prints its seed first, which repeats it, and a line per failure; ends with status 1 if there was any.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Command lines in processes that fork in milliseconds, each of whose file operations is counted and may be its last.
 
 `Nursery` talks to a process that has imported TensorFlow and the package and run nothing: a child forked from it starts

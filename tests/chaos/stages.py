@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands that are broken off, each in a folder that is ready for it, and what makes two outcomes the same."""
 
 from __future__ import annotations

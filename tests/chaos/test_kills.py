@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sample of the attacks of `make chaos`, the same each time."""
 
 import random

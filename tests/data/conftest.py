@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prepared datasets that several tests read; none may change them."""
 
 import pytest

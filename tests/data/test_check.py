@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `mvke check` says of the first rows of a dataset."""
 
 import numpy as np

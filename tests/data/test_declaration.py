@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Declarations of datasets: what they mean, and how they say what is wrong."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drafts of declarations, guessed from tables."""
 
 import datetime

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Durations and SQL conditions of declarations."""
 
 import polars as pl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Histories and statistics, by hand and against a slow reference that reads one row after another."""
 
 import math

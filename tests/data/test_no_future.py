@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What comes later changes nothing before it: no history, statistic, vocabulary, bound or negative."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From small logs, worked out by hand, to prepared datasets."""
 
 import copy

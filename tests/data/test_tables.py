@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables as they are stored, and one-line errors that name file, row, column and value."""
 
 import datetime

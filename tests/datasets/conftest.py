@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small MovieLens folders in both layouts of 100K, and the real one."""
 
 from pathlib import Path

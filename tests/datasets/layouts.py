@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes MovieLens frames as files, in the layout of each size, with the quirks of the real ones."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The declared MovieLens, array by array, against digests that were recorded before datasets were declared."""
 
 import hashlib

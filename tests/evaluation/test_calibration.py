@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calibration by hand, and from the validation part to evaluation, SavedModel and ONNX."""
 
 import dataclasses

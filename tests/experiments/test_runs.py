@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 from mvke_tf.experiments import runs
 from mvke_tf.experiments.runs import Progress
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Golden files: inputs, weights, outputs and gradients recorded from the published TensorFlow 1 graphs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Balancing of tasks by hand: the weights, and a whole step of training under either backend."""
 
 import keras

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small problem that the tests of all models share."""
 
 from __future__ import annotations

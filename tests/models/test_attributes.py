@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every two-tower model knows of itself, built, loaded, and as a part of its tasks."""
 
 import dataclasses

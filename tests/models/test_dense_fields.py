@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense features, and an item side of one constant."""
 
 import dataclasses

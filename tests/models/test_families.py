@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the models besides MVKE have of their own; tests/test_golden.py holds them to the recorded numbers."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Top-k gates and the load-balancing loss in every mixture of experts."""
 
 import dataclasses

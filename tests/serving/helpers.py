@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of serving share: a small problem, and a process that has TensorFlow but nothing of ours."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A SavedModel of known answers, and clients of a server in this process."""
 
 from __future__ import annotations

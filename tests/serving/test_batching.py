@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several requests in one call of the model."""
 
 import json

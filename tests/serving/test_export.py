@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Versions on disk, what lies in them, and the command that writes them."""
 
 import json

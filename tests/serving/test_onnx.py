@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ONNX files, run by onnxruntime and compared with Keras."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """1,000 random raw rows of every encoding, served without this package, get the predictions of the evaluation."""
 
 import keras

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Raw features in, probabilities out, from a process that has TensorFlow but nothing of ours."""
 
 import numpy as np

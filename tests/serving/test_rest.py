@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The REST protocol of TensorFlow Serving, and everything that a client can do wrong in one request."""
 
 import base64

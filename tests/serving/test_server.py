@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process of the server: connections, versions, signals."""
 
 import contextlib

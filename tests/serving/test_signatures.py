@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores by id, recommendations, vectors and gate weights, from a process that has TensorFlow but nothing of ours."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What several tests of training share."""
 
 from collections.abc import Callable

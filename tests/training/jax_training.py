@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training under JAX. `test_backend_jax.py` runs this file in a process of that backend; nothing else collects it."""
 
 import logging

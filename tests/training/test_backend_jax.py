@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers, models, training and recorded numbers under JAX, where several hosts train through `keras.distribution`."""
 
 import os

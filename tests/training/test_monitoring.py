@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training writes for TensorBoard, read back by TensorBoard."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each option of training does what it says."""
 
 import csv

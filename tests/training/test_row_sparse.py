@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of which a step updates the touched rows only. All of it passes under JAX, too."""
 
 import dataclasses

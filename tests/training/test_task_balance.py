@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Balanced training as a run: it learns, says its weights, and resumes bit-identically."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A click, what comes after it and a regression in one model, from training over the evaluation to the SavedModel."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An ad log that a program makes: of any size, with known true probabilities, and three tasks."""
 
 from __future__ import annotations

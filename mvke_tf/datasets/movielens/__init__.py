@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MovieLens: 100K, which is downloaded, or 1M, 10M, 20M or 25M from a folder that the user has."""
 
 from __future__ import annotations

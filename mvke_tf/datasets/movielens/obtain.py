@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A copy of MovieLens: the folder that the user names, or 100K from this machine, GroupLens or the RecBole wheel."""
 
 from __future__ import annotations

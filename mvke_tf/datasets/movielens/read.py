@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of MovieLens 100K, 1M, 10M, 20M and 25M, read into the same three checked frames."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The raw files of MovieLens as the three Parquet tables that the declarations read."""
 
 from __future__ import annotations

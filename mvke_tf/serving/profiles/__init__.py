@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Profiles of users in bulk: the items, or the groups of items, that each task rates highest for each."""
 
 from mvke_tf.errors import require_extra

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Profiles of users: the items, or the groups of items, that a task rates highest for each.
 
 Scoring is exact, of every pair of a user and an item, by products of the vectors of the two towers

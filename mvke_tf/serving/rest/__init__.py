@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server for a SavedModel, in TensorFlow Serving's REST protocol. Needs TensorFlow and the extra `serve`."""
 
 from mvke_tf.serving.rest.app import Application, Limits

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TensorFlow Serving's REST endpoints for one model, as an ASGI application."""
 
 from __future__ import annotations

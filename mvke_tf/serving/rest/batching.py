@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several requests in one call of the model, each with its own answer or error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HTTP/1.1 connections that end: uvicorn's, with a deadline for every part of a request and a bound on their number."""
 
 from __future__ import annotations

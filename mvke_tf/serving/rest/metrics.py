@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a server counts, in the text format of Prometheus (version 0.0.4)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A SavedModel with all its signatures, by arrays; needs TensorFlow and nothing else of this package's dependencies."""
 
 from __future__ import annotations

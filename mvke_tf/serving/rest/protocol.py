@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TensorFlow Serving's JSON for `predict`: requests into arrays, and arrays into answers.
 
 Follows https://www.tensorflow.org/tfx/serving/api_rest and, where that page is silent, what the official server does,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process of the server: which version, which socket, who may ask, how it stops."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training shows in TensorBoard, and what it warns of, while it runs and when it is done.
 
     tensorboard/

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The callback that follows a training."""
 
 from __future__ import annotations

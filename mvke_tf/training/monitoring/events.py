@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Event files of TensorBoard, by its own writer: independent of the backend."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is wrong with the gates of a model in training, and heat maps of how they choose."""
 
 from __future__ import annotations

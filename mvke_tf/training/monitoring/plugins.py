@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a finished training ends with: hyperparameters with final metrics, and items for the Embedding Projector."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings and numbers of a training in MLflow."""
 
 from __future__ import annotations
