@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory and good answers of the local server under many hostile clients at a time, on this machine.
 
 Starts `mvke serve` on a free port of the loopback address. Every hostile client opens one connection after the other

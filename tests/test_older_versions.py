@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs and exports that earlier versions have made are read, go on and are served as before.
 
 `older/*.tar.xz` hold the small dataset of `tests/small.py`, prepared, and a run of two of three epochs with its export
