@@ -630,7 +630,7 @@ def _analyze(args: argparse.Namespace) -> None:
     places = {"page": analysis.page, "tables": analysis.folder / "tables", "figures": analysis.folder / "figures"}
     for what, place in places.items():
         print(f"{what + ':':<9}{place}")
-    _say_next(_export_or_serve(run.folder))
+    _say_next(("explore", run.folder), _export_or_serve(run.folder))
 
 
 def _explore_options(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,10 @@ _EXPECTED = {"integer": "a whole number", "number": "a number", "vector": "a num
 
 def hint(feature: EncodedFeature) -> str:
     """How to write a value of a feature, in words."""
+    return ("at the moment of a request; " if feature.context else "") + _form(feature)
+
+
+def _form(feature: EncodedFeature) -> str:
     if feature.raw == "vector":
         return f"{feature.width} numbers with spaces between; empty: unknown"
     if feature.is_list:

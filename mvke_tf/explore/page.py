@@ -31,11 +31,14 @@ footer { display: none !important; }
 button[role=tab].selected { color: var(--body-text-color) !important; font-weight: 600; }
 .explore h1 { font-size: 1.5rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
 .explore h2 { font-size: 1.15rem; font-weight: 600; margin: 1.2rem 0 .3rem; overflow-wrap: anywhere; }
+.explore h3 { font-size: 1rem; font-weight: 600; margin: 1rem 0 .2rem; }
 .explore p { margin: .3rem 0; overflow-wrap: anywhere; }
 .explore .alert { border-left: .35rem solid #c2410c; padding: .3rem .8rem; white-space: pre-line; }
-.explore .scroll { overflow-x: auto; }
+.message:not(:has(.alert)) { display: none; }
+.explore .tables { display: flex; flex-wrap: wrap; gap: .6rem 2rem; }
+.explore .scroll { overflow-x: auto; max-width: 100%; }
 .explore table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-.explore caption { text-align: left; padding: .3rem 0; }
+.explore caption { text-align: left; padding: .3rem 0; font-weight: 600; }
 .explore th, .explore td { padding: .2rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--border-color-primary); }
 .explore th { background: var(--background-fill-secondary); }
@@ -90,7 +93,7 @@ def _user_tab(explorer: Explorer, _: gr.Tab, turn: threading.Lock) -> None:
                 show = gr.Button("Show", min_width=100)
                 reset = gr.Button("As in the data", min_width=100)
         with gr.Column(scale=2, min_width=300):
-            message = gr.HTML("", apply_default_css=False, elem_id="user-message")
+            message = gr.HTML("", apply_default_css=False, elem_id="user-message", elem_classes="message")
             result = gr.HTML(user_html(explorer, explorer.user(0)), apply_default_css=False, elem_id="user-result")
     quick: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     gr.on([user.change, reset.click], load, user, [*fields, message, result], **quick)
@@ -132,8 +135,8 @@ def user_html(explorer: Explorer, view: UserView) -> str:
         )
     parts += [_ranking(explorer, ranking, bool(view.changed)) for ranking in view.rankings]
     if view.gates:
-        parts.append("<h2>Gates</h2>")
-        parts += [_gate(gate, "this user", "as in the data" if view.changed else None) for gate in view.gates]
+        other = "as in the data" if view.changed else None
+        parts += ["<h3>Gates</h3>", _tables(_gate(gate, "this user", other) for gate in view.gates)]
     return _html("".join(parts))
 
 
@@ -188,7 +191,7 @@ def _item_tab(explorer: Explorer, tab: gr.Tab, turn: threading.Lock) -> None:
         return "", item_html(explorer, view)
 
     item = _choice(explorer.items, "item", "Item of the catalogue")
-    message = gr.HTML("", apply_default_css=False, elem_id="item-message")
+    message = gr.HTML("", apply_default_css=False, elem_id="item-message", elem_classes="message")
     result = gr.HTML("", apply_default_css=False, elem_id="item-result")
     gr.on(
         [item.change, tab.select],
@@ -205,25 +208,24 @@ def item_html(explorer: Explorer, view: ItemView) -> str:
     """What a model says of an item, as HTML."""
     parts = [f"<h2>{escape(explorer.items[view.position])}</h2>"]
     if view.gates:
-        parts.append("<h2>Gates</h2>")
-        parts += [_gate(gate, "this item", "mean of all items") for gate in view.gates]
+        parts += ["<h3>Gates</h3>", _tables(_gate(gate, "this item", "mean of all items") for gate in view.gates)]
     asked, all_users = explorer.asked_users, len(explorer.users)
     among = f"{all_users:,} users" if asked == all_users else f"{asked:,} of {all_users:,} users, evenly spread"
-    parts.append(f"<h2>Who would want it</h2><p>Among {among}.</p>")
-    parts += [
+    wanted = (
         _table(
             f"{ranking.target.name}, users with the highest {ranking.target.unit}",
             ["rank", "user", ranking.target.unit],
             _rows(ranking.best, explorer.users),
         )
         for ranking in view.users
-    ]
+    )
+    parts += [f"<h3>Who would want it</h3><p>Among {among}.</p>", _tables(wanted)]
     if any(view.neighbours.values()):
-        parts.append("<h2>Neighbours</h2>")
-        parts += [
+        near = (
             _table(f"{task}, items of the nearest vectors", ["rank", "item", "cosine"], _rows(entries, explorer.items))
             for task, entries in view.neighbours.items()
-        ]
+        )
+        parts += ["<h3>Neighbours</h3>", _tables(near)]
     return _html("".join(parts))
 
 
@@ -242,9 +244,13 @@ def _html(content: str) -> str:
     return f'<div class="explore">{content}</div>'
 
 
+def _tables(tables: Iterable[str]) -> str:
+    """Tables side by side, where there is room."""
+    return f'<div class="tables">{"".join(tables)}</div>'
+
+
 def _gate(gate: Gate, this: str, other: str | None) -> str:
-    rows = [["", *(number(weight) for weight in gate.weights)]]
-    rows[0][0] = escape(this)
+    rows = [[escape(this), *(number(weight) for weight in gate.weights)]]
     if other is not None:
         rows.append([escape(other), *(number(weight) for weight in gate.other)])
     return _table(f"{gate.task}, weights of the gate", ["of", *gate.experts], rows, names=0)

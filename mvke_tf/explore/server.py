@@ -42,27 +42,25 @@ def explore(run: Run, host: str = "127.0.0.1", port: int = 7860) -> None:
         if not ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
             logger.warning("Everybody who can reach this machine can see the users of this run.")
             hosts = (ANY_HOST,)
-        application_ = application(explorer, (*hosts, host))
+        served = server(application(explorer, (*hosts, host)))
         bound.listen()
         logger.info("Exploring %s at %s", run.folder, url(bound))
         logger.info("Open this address in a browser. Ctrl-C stops it.")
         with signals_end_well():
-            server(application_, GRACE_SECONDS).run(sockets=[bound])
+            served.run(sockets=[bound])
     logger.info("Stopped.")
 
 
 def application(explorer: Explorer, hosts: Collection[str] = LOOPBACK_NAMES) -> Any:
     """The page as an ASGI application, for requests addressed to some names only."""
     api = FastAPI(openapi_url=None)
-    mounted = gr.mount_gradio_app(
-        api, page(explorer), path="/", theme=THEME, css=CSS, footer_links=[], ssr_mode=False, run_history=False
-    )
+    mounted = gr.mount_gradio_app(api, page(explorer), path="/", theme=THEME, css=CSS, footer_links=[], ssr_mode=False)
     # Otherwise a page from elsewhere could read this one, under a name that it has made lead here.
     mounted.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     return mounted
 
 
-def server(application: Any, grace: int = GRACE_SECONDS) -> uvicorn.Server:
+def server(application: Any) -> uvicorn.Server:
     """A server of the application, not started."""
     return uvicorn.Server(
         uvicorn.Config(
@@ -73,6 +71,6 @@ def server(application: Any, grace: int = GRACE_SECONDS) -> uvicorn.Server:
             log_level="error",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=grace,
+            timeout_graceful_shutdown=GRACE_SECONDS,
         )
     )

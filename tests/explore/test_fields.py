@@ -73,4 +73,6 @@ def test_hints():
     assert hint(WHOLE) == "a whole number; empty: unknown"
     assert hint(WEIGHTED) == "value = weight per line, the heaviest 3 count; empty: none"
     assert hint(LIST) == "one value per line, the last 3 count; empty: none"
+    hour = EncodedFeature("hour", "user", "integer", "integer", bins=24, context=True)
+    assert hint(hour) == "at the moment of a request; a whole number; empty: unknown"
     assert hint(VECTOR) == "2 numbers with spaces between; empty: unknown"
