@@ -42,7 +42,8 @@ button[role=tab].selected { color: var(--body-text-color) !important; font-weigh
 .explore th, .explore td { padding: .2rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--border-color-primary); }
 .explore th { background: var(--background-fill-secondary); }
-.explore .name { text-align: left; max-width: 16rem; overflow: hidden; text-overflow: ellipsis; }
+.explore .name { text-align: left; white-space: normal; min-width: 6rem; max-width: 16rem; overflow-wrap: anywhere; }
+@media (max-width: 46rem) { .explore th, .explore td { padding: .2rem .35rem; } }
 .explore strong { font-weight: 700; }
 """
 
@@ -86,13 +87,13 @@ def _user_tab(explorer: Explorer, _: gr.Tab, turn: threading.Lock) -> None:
 
     texts = explorer.texts(0)
     with gr.Row():
-        with gr.Column(scale=1, min_width=280):
+        with gr.Column(scale=1, min_width=260):
             user = _choice(explorer.users, "user", "User of the data")
             fields = [_field(explorer, feature, texts[feature.name]) for feature in explorer.fields]
             with gr.Row():
                 show = gr.Button("Show", min_width=100)
                 reset = gr.Button("As in the data", min_width=100)
-        with gr.Column(scale=2, min_width=300):
+        with gr.Column(scale=3, min_width=300):
             message = gr.HTML("", apply_default_css=False, elem_id="user-message", elem_classes="message")
             result = gr.HTML(user_html(explorer, explorer.user(0)), apply_default_css=False, elem_id="user-result")
     quick: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
