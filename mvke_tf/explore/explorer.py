@@ -152,16 +152,14 @@ class Explorer:
         run: A run with a checkpoint and its prepared data. Predictions are calibrated if the run is.
 
     Raises:
-        RunError: If the run has no checkpoint or its data are gone, or either is damaged.
-        DataError: If the data have no user.
+        RunError: If the run has no checkpoint or its data are gone, or the checkpoint is damaged.
+        DataError: If the data are damaged.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.model: TwoTowerModel = run.load_model(calibrated=True)
         self._prepared = prepared = run.prepared
-        if not len(prepared.latest_users):
-            raise DataError(f"Expected a user to look at. Received: none in the data of {run.folder}")
         self._encoder = prepared.encoder
         self._rows = np.asarray(prepared.catalogue)
         self._vectors = vectors_of(self.model.item_tower, prepared.items.encoded, self._rows)
@@ -223,7 +221,8 @@ class Explorer:
         Raises:
             DataError: If there is none.
         """
-        places, text = self._places[side], (text or "").strip()
+        places, text = self._places[side], text or ""
+        text = text if text in places else text.strip()
         if text not in places:
             raise DataError(
                 f"Expected the {'name or id of an item' if side == 'item' else 'id of a user'} of the data."

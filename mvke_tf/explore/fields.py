@@ -52,7 +52,8 @@ def from_text(feature: EncodedFeature, text: str) -> dict[str, np.ndarray]:
     Raises:
         DataError: If the text is no value of the feature; says where, and what one is.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # Spaces stay: values of the data may begin with one.
+    lines = [line for line in re.split(r"\r?\n", text) if line.strip()]
     if not lines:
         return feature.unknown_raw()
     dtype = NUMPY_DTYPES[feature.raw]

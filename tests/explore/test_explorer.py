@@ -39,7 +39,7 @@ def column(explorer, predicted, target):
     return predicted[target.task][:, classes.index(target.label) if classes else 0]
 
 
-@pytest.mark.parametrize("name", ["mvke", "mmoe", "shared_bottom"])
+@pytest.mark.parametrize("name", ["mvke", "mmoe", "ple", "stem", "aitm", "shared_bottom"])
 def test_an_edited_user(run_of, name):
     explorer = Explorer(run_of(name, tasks=("click", "buy", "stars")))
     user = explorer.find("user", "7")
@@ -59,7 +59,7 @@ def test_an_edited_user(run_of, name):
             assert entry.value_before == pytest.approx(was[entry.position], rel=1e-5, abs=1e-5)
             assert entry.rank == 1 + order.tolist().index(entry.position)
             assert entry.rank_before == 1 + order_before.tolist().index(entry.position)
-        if name == "shared_bottom":
+        if explorer.model.gates is None or task not in explorer.model.gates.output:
             assert ranking.experts == () and {entry.contributions for entry in ranking.best} == {()}
             continue
         what = "kernel" if name == "mvke" else "expert"
@@ -68,7 +68,8 @@ def test_an_edited_user(run_of, name):
         for entry in ranking.best:
             assert len(entry.contributions) == len(ranking.experts)
             assert sum(entry.contributions) == pytest.approx(logits[task][entry.position] - offset, abs=1e-4)
-    assert len(view.gates) == (3 if name == "mmoe" else 0)
+    assert len(view.gates) == (len(explorer.model.gates.output) if explorer.model.gate_side == "user" else 0)
+    assert bool(view.gates) == (name in ("mmoe", "ple", "stem"))
     for gate in view.gates:
         assert gate.weights.sum() == pytest.approx(1) and abs(gate.weights - gate.other).max() > 1e-4
 

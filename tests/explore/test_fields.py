@@ -23,7 +23,7 @@ VECTOR = EncodedFeature("face", "user", "vector", "vector", width=2)
         (NUMBER, "", {"age": [np.nan]}),
         (WHOLE, "-9223372036854775807", {"user": [-(2**63) + 1]}),
         (WHOLE, "", {"user": [-(2**63)]}),
-        (WORD, "São = Paulo, <b>", {"city": ["São = Paulo, <b>"]}),
+        (WORD, " São = Paulo, <b>", {"city": [" São = Paulo, <b>"]}),
         (WORD, "", {"city": [""]}),
         (LIST, "a = 2\nb, c", {"seen": [["a = 2", "b, c"]], "seen_weights": [[1.0, 1.0]]}),
         (LIST, "", {"seen": [[""]], "seen_weights": [[0.0]]}),
@@ -44,6 +44,7 @@ def test_forms_that_people_write():
     assert from_text(NUMBER, " 1e3 ")["age"] == 1000
     assert from_text(VECTOR, "1, 2")["face"].tolist() == [[1, 2]]
     assert from_text(WEIGHTED, "\n a \n\n b = 3\n")["likes_weights"].tolist() == [[1, 3]]
+    assert from_text(LIST, "a\r\n b\r\n")["seen"].tolist() == [["a", " b"]]
     # Empty slots in the middle are not shown.
     table = {"seen": np.array([["a", "", "b"]], object), "seen_weights": np.array([[1.0, 0.0, 1.0]])}
     assert to_text(LIST, table, 0) == "a\nb"

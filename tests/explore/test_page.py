@@ -200,7 +200,10 @@ def test_the_page_in_a_browser(hostile, width, scheme):
 
 
 def test_the_command(tiny_run):
-    code = f"from mvke_tf import cli; cli.main(['explore', {str(tiny_run.folder)!r}, '--port', '0'])"
+    # It asks nothing of other machines.
+    hook = "lambda event, given: event == 'socket.connect' and print('connects to', given[1], file=sys.stderr)"
+    arguments = ["explore", str(tiny_run.folder), "--port", "0"]
+    code = f"import sys; sys.addaudithook({hook}); from mvke_tf import cli; cli.main({arguments!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -222,6 +225,7 @@ def test_the_command(tiny_run):
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, "Stopped.\n"), errors
+    assert "connects" not in errors
 
 
 def test_a_run_that_cannot_be_shown(tiny_run, mvke):
