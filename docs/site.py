@@ -29,7 +29,7 @@ ROOMS = {
     "data": ("Data", ["schema", "data", "datasets"]),
     "models": ("Models and layers", ["models", "layers", "losses", "metrics"]),
     "training": ("Runs and training", ["config", "run", "run_folder", "training"]),
-    "evaluation": ("Evaluation and analysis", ["evaluation", "analysis", "inference", "figures"]),
+    "evaluation": ("Evaluation and analysis", ["evaluation", "analysis", "explore", "inference", "figures"]),
     "serving": ("Serving", ["serving"]),
     "experiments": ("Experiments", ["experiments"]),
     "errors": ("Errors and files", ["errors", "io"]),

@@ -631,7 +631,20 @@ def _analyze(args: argparse.Namespace) -> None:
     places = {"page": analysis.page, "tables": analysis.folder / "tables", "figures": analysis.folder / "figures"}
     for what, place in places.items():
         print(f"{what + ':':<9}{place}")
-    _say_next(_export_or_serve(run.folder))
+    _say_next(("explore", run.folder), _export_or_serve(run.folder))
+
+
+def _explore_options(parser: argparse.ArgumentParser) -> None:
+    _add_address(parser, 7860)
+
+
+def _explore(args: argparse.Namespace) -> None:
+    """Shows a run as a local page: users, edited ones too, and items, with what each expert contributes."""
+    require_extra("explore", "gradio", "uvicorn")
+    import_tensorflow()
+    from mvke_tf.explore.server import explore
+
+    explore(_open(args), args.host, args.port)
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
@@ -697,14 +710,18 @@ def _name(text: str) -> str:
     return text
 
 
+def _add_address(parser: argparse.ArgumentParser, port: int) -> None:
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0 lets other machines in)"
+    )
+    parser.add_argument("--port", type=_port, default=port, help="0 takes any free one (default: %(default)s)")
+
+
 def _serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir", nargs="?", type=Path, help="folder of all versions, such as runs/mine/export")
     parser.add_argument("--export_path", dest="model_dir_option", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--name", type=_name, default="mvke", help="name of the model in addresses (default: mvke)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0 lets other machines in)"
-    )
-    parser.add_argument("--port", type=_port, default=8501, help="0 takes any free one (default: 8501)")
+    _add_address(parser, 8501)
     parser.add_argument("--max_request_mb", type=positive_int, default=8, help="longest request, MiB (default: 8)")
     parser.add_argument("--max_rows", type=positive_int, default=10_000, help="most rows of a request (default: 10000)")
     parser.add_argument(
@@ -1013,6 +1030,7 @@ _COMMANDS = {
         "evaluate": _Subcommand(_evaluate, _evaluate_options, _check_run, on="run"),
         "calibrate": _Subcommand(_calibrate, _calibrate_options, _check_run, on="run"),
         "analyze": _Subcommand(_analyze, _analyze_options, _check_run, on="run"),
+        "explore": _Subcommand(_explore, _explore_options, _check_run, on="run"),
     },
     "Use of a model": {
         "export": _Subcommand(_export, _export_options, _check_run, on="run"),

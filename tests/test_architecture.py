@@ -22,6 +22,7 @@ FLOORS = (
     (4, {"run_folder"}),
     (4, {"datasets", "inference", "run"}),
     (5, {"analysis", "evaluation", "serving", "training"}),
+    (5, {"explore"}),
     (6, {"experiments"}),
     (6, {"cli"}),
     (6, {"__main__"}),

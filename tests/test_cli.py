@@ -21,7 +21,7 @@ from tests.conftest import REPOSITORY
 
 COMMANDS = (
     *("init", "check", "prepare", "train", "evaluate", "analyze", "export", "onnx", "serve", "profile", "compare"),
-    *("tune", "schema", "runs", "show"),
+    *("tune", "schema", "runs", "show", "explore"),
 )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import ipaddress
 import json
@@ -14,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,21 +275,32 @@ def run(application: Application, bound: socket.socket, watch: Watch | None = No
         timeout_graceful_shutdown=GRACE_SECONDS,
         backlog=application.limits.connections,
     )
-    # uvicorn stops well on these signals and then raises them again, for the handlers that were there before: by
-    # default the process would end as if it had been killed.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     server = _Server(config)
     try:
         if watch is not None:
             watch.start()
-        server.run(sockets=[bound])
+        with signals_end_well():
+            server.run(sockets=[bound])
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if watch is not None:
             watch.end()
         _wait_for_threads(application, watch, getattr(server, "ends_at", time.monotonic()))
         faulthandler.cancel_dump_traceback_later()
+
+
+@contextlib.contextmanager
+def signals_end_well() -> Iterator[None]:
+    """Lets a server of uvicorn end with status 0.
+
+    It stops well on SIGINT and SIGTERM and then raises them again, for the handlers that were there before: by default
+    the process would end as if it had been killed.
+    """
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait_for_threads(application: Application, watch: Watch | None, until: float) -> None:

@@ -1,0 +1,1 @@
+"""A local page on a run: users as they are and as they might be, items, and what the experts have to do with it."""
