@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seconds until `mvke explore RUN` answers, and milliseconds from an edit to its answer, in Chromium and without it.
 
 Starts the command several times, each time until its page is there, and edits a feature of a user in the page: from

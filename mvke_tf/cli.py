@@ -640,7 +640,7 @@ def _explore_options(parser: argparse.ArgumentParser) -> None:
 
 def _explore(args: argparse.Namespace) -> None:
     """Shows a run as a local page: users, edited ones too, and items, with what each expert contributes."""
-    require_extra("explore", "gradio", "uvicorn")
+    require_extra("explore", "gradio", "matplotlib", "pandas", "uvicorn")
     import_tensorflow()
     from mvke_tf.explore.server import explore
 

@@ -7,7 +7,7 @@ require_extra("analysis", "matplotlib", "pandas")
 
 # ruff: noqa: E402
 from mvke_tf.analysis.explanation import UserState, explain_user, user_state
-from mvke_tf.analysis.report import Analysis, analyze_run
+from mvke_tf.analysis.report import Analysis, analyze_run, run_cards
 from mvke_tf.analysis.study import Study
 from mvke_tf.analysis.tables import (
     analyze_expert_weights,
@@ -47,6 +47,7 @@ __all__ = [
     "judge",
     "kernel_cards",
     "kernel_similarity",
+    "run_cards",
     "user_state",
     "utilisation",
     "verdicts",

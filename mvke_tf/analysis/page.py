@@ -115,7 +115,7 @@ def _section(number: int, section: Section) -> str:
     parts += [_quote(quote) for quote in section.quotes]
     parts += [f"<p>{escape(text)}</p>" for text in section.text]
     if section.cards:
-        parts.append('<div class="cards">\n' + "\n".join(map(_card, section.cards)) + "\n</div>")
+        parts.append('<div class="cards">\n' + "\n".join(map(card_html, section.cards)) + "\n</div>")
     parts += [_picture(picture) for picture in section.pictures]
     parts += [
         f"<details><summary>Table: {escape(caption)}</summary>\n"
@@ -134,7 +134,8 @@ def _quote(text: str) -> str:
     return f'<div class="verdict">\n<h3>{escape(first)}</h3>\n' + "\n".join(rows) + "\n</div>"
 
 
-def _card(card: Card) -> str:
+def card_html(card: Card) -> str:
+    """A card; everything in it is escaped."""
     facts = "\n".join(
         f"<dt>{escape(what)}</dt>{''.join(f'<dd>{escape(value)}</dd>' for value in values)}"
         for what, values in card.facts.items()

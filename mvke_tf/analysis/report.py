@@ -25,6 +25,7 @@ from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError
 from mvke_tf.inference.gates import Thresholds
 from mvke_tf.io import atomic_write, csv_safe, write_json
+from mvke_tf.models import TwoTowerModel
 from mvke_tf.run import Run
 
 logger = logging.getLogger(__name__)
@@ -88,29 +89,7 @@ def analyze_run(
     _check_target(out)
     if map_method not in tables.MAPS:
         raise ConfigError(f"The map of the items must be one of {', '.join(tables.MAPS)}. Received: {map_method!r}")
-    prepared = run.prepared
-    explained = user_state(prepared, part, user)
-    rows = prepared.part_rows(part)
-    model = run.load_model()
-    chosen = np.arange(len(rows))
-    if len(rows) > most_rows:
-        chosen = np.sort(np.random.default_rng(0).choice(len(rows), most_rows, replace=False))
-    logger.info("Analysing %s on %s rows of the %s part ...", run.checkpoint, f"{len(chosen):,}", part)
-    drawn = "" if len(chosen) == len(rows) else f", drawn at random of {len(rows):,}"
-    data = _interactions(prepared, part, model.task_names, run.config.model.objective).take(chosen)
-    # Without ids, items are combinations of features: those of these rows.
-    catalogue = prepared.catalogue if prepared.has_items else np.unique(data.item_rows)
-    subject = Subject(
-        Study(model, data, catalogue),
-        groups(prepared),
-        _item_names(prepared, catalogue),
-        thresholds or Thresholds(),
-        map_method,
-        explained,
-        top,
-        f"Model {run.config.model.name}, tasks {', '.join(model.task_names)}; {len(chosen):,} rows of the {part} part "
-        f"of {prepared.dataset.name} (split by {prepared.dataset.split.by}){drawn}.",
-    )
+    subject = _subject(run, run.load_model(), part, most_rows, user, thresholds, map_method, top)
     chapters = [chapter(subject) for chapter in tqdm(CHAPTERS, desc="analysis", unit="chapter", disable=None)]
     chapters = [chapter for chapter in chapters if chapter is not None]
     with atomic_write(out) as temporary:
@@ -126,6 +105,55 @@ def analyze_run(
         title = f"What the experts of {name} learned" if subject.has_gates else f"Analysis of {name}"
         (temporary / PAGE).write_text(page(title, [chapter.section for chapter in chapters]), encoding="utf-8")
     return Analysis(out, subject.verdicts, "\n".join(subject.summary))
+
+
+def run_cards(run: Run, model: TwoTowerModel, part: str = "test", most_rows: int = MOST_ROWS) -> Section | None:
+    """The cards of the page alone, and what they say; None of a model without gates.
+
+    Args:
+        run: The run.
+        model: Its best checkpoint.
+        part: As in `analyze_run`, like `most_rows`.
+
+    Raises:
+        DataError: If the part has no rows.
+    """
+    chapter = cards_chapter(_subject(run, model, part, most_rows))
+    return None if chapter is None else chapter.section
+
+
+def _subject(
+    run: Run,
+    model: TwoTowerModel,
+    part: str,
+    most_rows: int,
+    user: str | int | None = None,
+    thresholds: Thresholds | None = None,
+    map_method: str = "pca",
+    top: int = 10,
+) -> Subject:
+    prepared = run.prepared
+    explained = user_state(prepared, part, user)
+    rows = prepared.part_rows(part)
+    chosen = np.arange(len(rows))
+    if len(rows) > most_rows:
+        chosen = np.sort(np.random.default_rng(0).choice(len(rows), most_rows, replace=False))
+    logger.info("Analysing %s on %s rows of the %s part ...", run.checkpoint, f"{len(chosen):,}", part)
+    drawn = "" if len(chosen) == len(rows) else f", drawn at random of {len(rows):,}"
+    data = _interactions(prepared, part, model.task_names, run.config.model.objective).take(chosen)
+    # Without ids, items are combinations of features: those of these rows.
+    catalogue = prepared.catalogue if prepared.has_items else np.unique(data.item_rows)
+    return Subject(
+        Study(model, data, catalogue),
+        groups(prepared),
+        _item_names(prepared, catalogue),
+        thresholds or Thresholds(),
+        map_method,
+        explained,
+        top,
+        f"Model {run.config.model.name}, tasks {', '.join(model.task_names)}; {len(chosen):,} rows of the {part} part "
+        f"of {prepared.dataset.name} (split by {prepared.dataset.split.by}){drawn}.",
+    )
 
 
 def _interactions(prepared: PreparedDataset, part: str, tasks: Sequence[str], objective: str) -> Interactions:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model says of one user or one item, and what changes if the user were another; the page shows it.
 
 It asks the checkpoint of the run, whose parts (experts, tags, gates) an exported SavedModel does not have.
@@ -12,6 +13,8 @@ from functools import cached_property
 import numpy as np
 from keras import ops
 
+from mvke_tf.analysis import run_cards
+from mvke_tf.analysis.page import Section
 from mvke_tf.config import nearest
 from mvke_tf.data.encoder import EncodedFeature
 from mvke_tf.errors import DataError
@@ -179,6 +182,15 @@ class Explorer:
         self.find("user", self.users[0])
         self.user(0)
         self.item(0)
+
+    @cached_property
+    def cards(self) -> Section | None:
+        """What each kernel or expert stands for, on the test part; None of a model without gates.
+
+        Raises:
+            DataError: If the test part has no rows.
+        """
+        return run_cards(self.run, self.model)
 
     # === Who and what there is ===
 

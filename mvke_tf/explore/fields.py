@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Raw values of an entity as text that people can edit, and back."""
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page, in Gradio: forms, and tables as HTML in which everything from the data is escaped."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -14,11 +15,13 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr
 
+from mvke_tf.analysis.page import card_html
 from mvke_tf.data.encoder import EncodedFeature
 from mvke_tf.errors import MvkeError
 from mvke_tf.explore.explorer import Entry, Explorer, Gate, ItemView, Ranking, UserView
 from mvke_tf.explore.fields import hint
 
+Tab = Callable[[Explorer, gr.Tab, threading.Lock], None]
 # Of longer lists, the first are offered, and the others can be typed.
 MOST_CHOICES = 1_000
 # Fonts of the machine that shows the page: bold and plain are one font then. Gradio's own grey of hints, and the orange
@@ -44,6 +47,10 @@ button[role=tab].selected { color: var(--body-text-color) !important; font-weigh
 .explore th { background: var(--background-fill-secondary); }
 .explore .name { text-align: left; white-space: normal; min-width: 6rem; max-width: 16rem; overflow-wrap: anywhere; }
 @media (max-width: 46rem) { .explore th, .explore td { padding: .2rem .35rem; } }
+.explore .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .8rem; }
+.explore .card { border: 1px solid var(--border-color-primary); border-radius: .4rem; padding: .2rem .9rem .5rem; }
+.explore .card dt { margin-top: .4rem; font-size: .88rem; font-weight: 600; }
+.explore .card dd { margin: 0; overflow-wrap: anywhere; }
 .explore strong { font-weight: 700; }
 """
 
@@ -55,7 +62,7 @@ def page(explorer: Explorer) -> gr.Blocks:
         gr.HTML(_html(f"<h1>{escape(title)}</h1>"), apply_default_css=False)
         # One request at a time is computed: a second one would only take its cores.
         turn = threading.Lock()
-        for name, fill in TABS.items():
+        for name, fill in tabs(explorer).items():
             with gr.Tab(name) as tab:
                 fill(explorer, tab, turn)
     return blocks
@@ -234,8 +241,38 @@ def _rows(entries: Iterable[Entry], names: Sequence[str]) -> list[list[str]]:
     return [[str(entry.rank), escape(names[entry.position]), number(entry.value)] for entry in entries]
 
 
-# A further tab is one more entry.
-TABS = {"A user": _user_tab, "An item": _item_tab}
+# === Experts ===
+
+
+def _cards_tab(explorer: Explorer, tab: gr.Tab, turn: threading.Lock) -> None:
+    def answer() -> str:
+        try:
+            with turn:
+                return cards_html(explorer)
+        except MvkeError as error:
+            return alert(error)
+
+    result = gr.HTML("", apply_default_css=False, elem_id="cards-result", min_height=120)
+    gr.on([tab.select], answer, None, result, queue=False, api_visibility="private")
+
+
+def cards_html(explorer: Explorer) -> str:
+    """What each kernel or expert stands for, as HTML."""
+    section = explorer.cards
+    if section is None:
+        return _html("<p>This model has no experts that a gate chooses among.</p>")
+    text = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in section.text)
+    cards = "\n".join(map(card_html, section.cards))
+    return _html(f'<h2>{escape(section.heading)}</h2>{text}<div class="cards">{cards}</div>')
+
+
+def tabs(explorer: Explorer) -> dict[str, Tab]:
+    """What fills each tab, by its name."""
+    found: dict[str, Tab] = {"A user": _user_tab, "An item": _item_tab}
+    if explorer.model.gates is not None:
+        has_kernels = any(explorer.model.kernels_of(task) for task in explorer.model.task_names)
+        found["The kernels" if has_kernels else "The experts"] = _cards_tab
+    return found
 
 
 # === HTML ===

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs to explore, with untrained models of large weights."""
 
 import keras

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the explorer says is what the model says of the same pairs."""
 
 import re
@@ -195,7 +196,8 @@ def test_all_kinds_of_tasks_and_values_without_any_ids(kinds):
         for entry in ranking.best:
             assert entry.value == pytest.approx(current[entry.position], rel=1e-4, abs=1e-5)
             assert entry.value_before == pytest.approx(was[entry.position], rel=1e-4, abs=1e-5)
-            if ranking.target.label is None:
+            # A task with a single kernel, or with classes, has nothing to take apart.
+            if ranking.target.task in ("buy", "visits", "stars"):
                 offset = kinds.model.offsets.get(ranking.target.task, 0.0)
                 logit = logits[ranking.target.task][entry.position]
                 assert sum(entry.contributions) == pytest.approx(logit - offset, abs=1e-4)

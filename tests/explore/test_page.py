@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page: what it shows is what the explorer says, escaped; in Chromium, and as a process."""
 
 import contextlib
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from mvke_tf.explore.explorer import Explorer
-from mvke_tf.explore.page import TABS, alert, item_html, number, user_html
+from mvke_tf.explore.page import alert, cards_html, item_html, number, tabs, user_html
 from mvke_tf.explore.server import application, server
 from mvke_tf.serving.rest.server import bind, url
 from tests.browser import DESK, PHONE, chromium, faults
@@ -195,6 +196,13 @@ def test_the_page_in_a_browser(hostile, width, scheme):
         expected = cells(item_html(hostile, hostile.item(6)))
         assert shown(page, "#item-result") == expected
         assert faults(page) == []
+
+        page.get_by_role("tab", name="The kernels").click()
+        wait_for(page, "#cards-result h2", "What each kernel stands for")
+        assert page.locator("#cards-result article h3").all_text_contents() == [
+            card.heading for card in hostile.cards.cards
+        ]
+        assert faults(page) == []
         assert surprises == [] and {one.partition("/")[0] for one in asked} <= {"http:", "data:", "blob:"}
         assert [one for one in asked if one.startswith("http") and not one.startswith(address)] == []
 
@@ -236,5 +244,15 @@ def test_a_run_that_cannot_be_shown(tiny_run, mvke):
     assert status == 2 and "There is no run at" in errors
 
 
-def test_tabs():
-    assert list(TABS) == ["A user", "An item"]
+def test_cards(hostile, run_of):
+    section = hostile.cards
+    assert [card.heading for card in section.cards][:2] == ["click: kernel 0", "click: kernel 1"]
+    text = cards_html(hostile)
+    assert text.count('<article class="card">') == len(section.cards) > 2
+    for card in section.cards:
+        assert all(html.escape(value) in text for values in card.facts.values() for value in values)
+    assert "<script" not in text and all(html.escape(paragraph) in text for paragraph in section.text)
+    assert list(tabs(hostile)) == ["A user", "An item", "The kernels"]
+    assert list(tabs(Explorer(run_of("mmoe")))) == ["A user", "An item", "The experts"]
+    none = Explorer(run_of("shared_bottom"))
+    assert list(tabs(none)) == ["A user", "An item"] and none.cards is None
