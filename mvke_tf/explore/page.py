@@ -112,7 +112,7 @@ def _user_tab(explorer: Explorer, _: gr.Tab, turn: threading.Lock) -> None:
 def _field(explorer: Explorer, feature: EncodedFeature, text: str) -> gr.Dropdown | gr.Textbox:
     words = explorer.vocabulary(feature)
     if words is not None and len(words) <= MOST_CHOICES:
-        choices = list(dict.fromkeys(["", *words, text]))
+        choices = [("(unknown)", ""), *((word, word) for word in dict.fromkeys([*words, text]) if word)]
         return gr.Dropdown(choices, value=text, label=feature.name, info=escape(hint(feature)), allow_custom_value=True)
     lines, most = (3, 8) if feature.is_list else (1, 1)
     return gr.Textbox(text, label=feature.name, info=escape(hint(feature)), lines=lines, max_lines=most)
