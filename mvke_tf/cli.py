@@ -635,7 +635,7 @@ def _analyze(args: argparse.Namespace) -> None:
 
 
 def _explore_options(parser: argparse.ArgumentParser) -> None:
-    _add_address(parser, 7860)
+    parser.add_argument("--port", type=_port, default=7860, help="0 takes any free one (default: 7860)")
 
 
 def _explore(args: argparse.Namespace) -> None:
@@ -644,7 +644,7 @@ def _explore(args: argparse.Namespace) -> None:
     import_tensorflow()
     from mvke_tf.explore.server import explore
 
-    explore(_open(args), args.host, args.port)
+    explore(_open(args), args.port)
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
@@ -710,18 +710,14 @@ def _name(text: str) -> str:
     return text
 
 
-def _add_address(parser: argparse.ArgumentParser, port: int) -> None:
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0 lets other machines in)"
-    )
-    parser.add_argument("--port", type=_port, default=port, help="0 takes any free one (default: %(default)s)")
-
-
 def _serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir", nargs="?", type=Path, help="folder of all versions, such as runs/mine/export")
     parser.add_argument("--export_path", dest="model_dir_option", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--name", type=_name, default="mvke", help="name of the model in addresses (default: mvke)")
-    _add_address(parser, 8501)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0 lets other machines in)"
+    )
+    parser.add_argument("--port", type=_port, default=8501, help="0 takes any free one (default: 8501)")
     parser.add_argument("--max_request_mb", type=positive_int, default=8, help="longest request, MiB (default: 8)")
     parser.add_argument("--max_rows", type=positive_int, default=10_000, help="most rows of a request (default: 10000)")
     parser.add_argument(

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-from collections.abc import Collection
 from typing import Any
 
 import gradio as gr
@@ -16,7 +14,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from mvke_tf.explore.explorer import Explorer
 from mvke_tf.explore.page import CSS, THEME, page
 from mvke_tf.run import Run
-from mvke_tf.serving.rest.server import ANY_HOST, LOOPBACK_NAMES, bind, signals_end_well, url
+from mvke_tf.serving.rest.server import LOOPBACK_NAMES, bind, signals_end_well, url
 
 logger = logging.getLogger(__name__)
 
@@ -24,26 +22,21 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 1
 
 
-def explore(run: Run, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Shows a run as a local page until SIGINT or SIGTERM.
+def explore(run: Run, port: int = 7860) -> None:
+    """Shows a run as a page for this machine only, until SIGINT or SIGTERM.
 
     Args:
         run: A run with a checkpoint and its prepared data.
-        host: Address to listen on.
         port: Its port; 0 takes any free one.
 
     Raises:
         MvkeError: If the run cannot be shown.
         OSError: If the address cannot be had.
     """
-    with bind(host, port) as bound:
+    with bind("127.0.0.1", port) as bound:
         explorer = Explorer(run)
         explorer.warm_up()
-        hosts: Collection[str] = LOOPBACK_NAMES
-        if not ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
-            logger.warning("Everybody who can reach this machine can see the users of this run.")
-            hosts = (ANY_HOST,)
-        served = server(application(explorer, (*hosts, host)))
+        served = server(application(explorer))
         bound.listen()
         logger.info("Exploring %s at %s", run.folder, url(bound))
         logger.info("Open this address in a browser. Ctrl-C stops it.")
@@ -52,12 +45,12 @@ def explore(run: Run, host: str = "127.0.0.1", port: int = 7860) -> None:
     logger.info("Stopped.")
 
 
-def application(explorer: Explorer, hosts: Collection[str] = LOOPBACK_NAMES) -> Any:
-    """The page as an ASGI application, for requests addressed to some names only."""
+def application(explorer: Explorer) -> Any:
+    """The page as an ASGI application, for requests addressed to this machine by name only."""
     api = FastAPI(openapi_url=None)
     mounted = gr.mount_gradio_app(api, page(explorer), path="/", theme=THEME, css=CSS, footer_links=[], ssr_mode=False)
     # Otherwise a page from elsewhere could read this one, under a name that it has made lead here.
-    mounted.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    mounted.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK_NAMES))
     return mounted
 
 
