@@ -232,7 +232,7 @@ def run_experiment(
 ) -> list[Cell]:
     """Trains every model at every correlation and learning rate with every seed; none that `folder` has already.
 
-    Writes one file per training under `folder/cells`, whole or not at all.
+    Writes one file per training under `folder/cells`.
 
     Args:
         folder: Where results are kept.

@@ -150,10 +150,11 @@ def test_rowwise_adagrad_by_hand():
     assert_close(table_state(model)["squares"], squares["user"], 1e-4)
 
 
-def test_rows_resume_bit_identically(new_run, monkeypatch):
-    """With distinct users and items, of which some fill up a batch, and a rate that falls."""
-    options = {"embedding_optimizer": "rowwise_adagrad", "loss_weighting": "uncertainty", "epochs": 2}
-    unbroken, broken = new_run("unbroken", **options), new_run("broken", **options)
+@pytest.mark.parametrize(("optimizer", "steps"), [("rowwise_adagrad", 0), ("lazy_adam", 2)])
+def test_rows_resume_bit_identically(new_run, monkeypatch, optimizer, steps):
+    """With distinct users and items, of which some fill up a batch, and a rate that falls; after and in an epoch."""
+    options = {"embedding_optimizer": optimizer, "loss_weighting": "uncertainty", "epochs": 2}
+    unbroken, broken = new_run("unbroken", **options), new_run("broken", **options, checkpoint_steps=steps)
     train_run(unbroken)
     save_state = Run.save_state
 
@@ -165,6 +166,7 @@ def test_rows_resume_bit_identically(new_run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train_run(broken)
     monkeypatch.setattr(Run, "save_state", save_state)
+    assert [len(broken.history()), broken.progress() and broken.progress().step] == ([0, 2] if steps else [1, None])
     train_run(broken)
     assert_same_state(state(unbroken), state(broken))
 

@@ -19,14 +19,17 @@ from tests.training.helpers import MODEL, TRAINING, assert_same_history, assert_
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("method", BALANCED)
-def test_a_balanced_run_resumes_bit_identically(method, tiny_prepared, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("method", "steps"), [("famo", 2), ("gradnorm", 2), ("pcgrad", 0)])
+def test_a_balanced_run_resumes_bit_identically(method, steps, tiny_prepared, tmp_path, monkeypatch):
+    """In the middle of an epoch, too."""
+    assert method in BALANCED and len(BALANCED) == 3
     model = dataclasses.replace(
         MODEL, name="mmoe", num_experts=2, tasks=("click", "buy", "stars"), embedding_stddev=0.5
     )
     training = dataclasses.replace(
         TRAINING, epochs=2, batch_size=128, learning_rate=0.01, loss_weighting=method, monitor_images_epochs=0
     )
+    training = dataclasses.replace(training, checkpoint_steps=steps)
     interrupted, save_state = Run(tmp_path / "interrupted"), Run.save_state
 
     def save_and_copy(run, *args):
@@ -40,6 +43,7 @@ def test_a_balanced_run_resumes_bit_identically(method, tiny_prepared, tmp_path,
     # The last step of an epoch; where no gradients conflict, PCGrad's weights are 1.
     assert (weights > 0).all() and np.ptp(weights, axis=1).max() > 0
     assert unbroken.history[1]["loss"] < unbroken.history[0]["loss"]
+    assert (interrupted.progress() is None) == (steps == 0) and len(interrupted.history()) == (steps == 0)
     resumed = train_run(interrupted)
     assert_same_state(state(unbroken.run), state(interrupted))
     assert_same_history(resumed.history, unbroken.history)
