@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds and peak memory of preparing a log and training on it for one epoch, by its rows, on this machine.
+
+Makes the ad log of `mvke_tf.datasets.ads` with each number of rows (users and ads grow with it), then runs
+`mvke prepare` and `mvke train --epochs 1` on it in processes of their own. Prints one JSON line per number of rows,
+and at the end what each further million rows costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mvke_tf.cli import positive_int, run_main
+
+MIB = 2**20
+# Runs a command line and prints the CPU seconds and the peak memory of its process.
+MEASURED = """
+import resource, sys
+from mvke_tf.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print("MEASURED", used.ru_utime + used.ru_stime, used.ru_maxrss)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=positive_int, nargs="+", default=[250_000, 1_000_000, 4_000_000])
+    parser.add_argument("--batch_size", type=positive_int, default=4096, help="of the training (default: 4096)")
+    args = parser.parse_args()
+    results = []
+    for rows in sorted(args.rows):
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(measure(Path(folder), rows, args.batch_size))
+        print(json.dumps(results[-1]), flush=True)
+    if len(results) > 1:
+        first, last = results[0], results[-1]
+        millions = (last["rows"] - first["rows"]) / 1e6
+        growth = {
+            name: round((last[name] - first[name]) / millions, 1)
+            for name in first
+            if name.endswith(("_s", "_mib")) and name != "start_mib"
+        }
+        print(json.dumps({"per_million_rows": growth, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}))
+
+
+def measure(folder: Path, rows: int, batch_size: int) -> dict[str, Any]:
+    """What preparing and an epoch cost with a log of so many rows."""
+    data = ["--data", "ads", "--rows", str(rows), "--data_dir", str(folder / "data")]
+    code = "import sys; from mvke_tf.cli import parse, _dataset; _dataset(parse(sys.argv[1:]))"
+    subprocess.run([sys.executable, "-c", code, "prepare", *data], check=True, stdout=subprocess.DEVNULL)
+    result: dict[str, Any] = {"rows": rows}
+    settings = ["--epochs", "1", "--batch_size", str(batch_size), "--runs_dir", str(folder / "runs")]
+    for step, arguments in (("prepare", ["prepare", *data]), ("train", ["train", *data, *settings])):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], check=True, capture_output=True, text=True)
+        cpu, peak = done.stdout.rpartition("MEASURED")[2].split()
+        result |= {
+            f"{step}_s": round(time.perf_counter() - started, 1),
+            f"{step}_cpu_s": round(float(cpu), 1),
+            f"{step}_peak_mib": round(int(peak) * 1024 / MIB),
+        }
+    for name in ("tables", "prepared"):
+        files = (path for path in (folder / "data" / name).rglob("*") if path.is_file())
+        result[f"{name}_mib"] = round(sum(path.stat().st_size for path in files) / MIB, 1)
+    return result
+
+
+if __name__ == "__main__":
+    run_main(main)
