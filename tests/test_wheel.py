@@ -91,7 +91,7 @@ def test_what_the_core_lacks_is_named(environment, tmp_path):
     run.mkdir()
     extras = {
         f"analyze {run}": ("matplotlib, pandas", "analysis"),
-        f"explore {run}": ("gradio, uvicorn", "explore"),
+        f"explore {run}": ("gradio, matplotlib, pandas, uvicorn", "explore"),
         f"profile {run}": ("pandas", "profile"),
         "compare --output_dir c --models mvke": ("matplotlib, pandas", "compare"),
         "tune --output_dir t": ("keras_tuner, pandas", "tune"),
