@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mvke_tf.config import CHOICES, OLD_NAMES, SECTIONS, RunConfig, entry_type, renamed
+from mvke_tf.config import CHOICES, OLD_NAMES, SECTIONS, RunConfig, entry_type, nearest, renamed
 from mvke_tf.errors import ConfigError, MvkeError, RunError, require_extra
 
 LOGGER = logging.getLogger(__name__)
@@ -160,6 +160,14 @@ class _Parser(argparse.ArgumentParser):
     """Shows the options named in `common` only, and all of them to `--help-all`."""
 
     common: Collection[str] | None = None
+
+    def error(self, message: str) -> NoReturn:
+        given = message.partition("unrecognized arguments: ")[2].split()
+        options = [name for action in self._actions for name in action.option_strings]
+        hints = [nearest(text.partition("=")[0], options) for text in given if text.startswith("--")]
+        if given and given[0].endswith(".toml") and "--data" in options:
+            hints.append(f" Did you mean --data {given[0]}?")
+        super().error(message + "".join(hint for hint in hints if hint))
 
     def format_help(self) -> str:
         if self.common is None:
@@ -351,7 +359,9 @@ def _check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("give one run, such as runs/mine")
     args.run = args.run or args.run_option
     if not args.run.exists():
-        raise RunError(f"There is no run at {args.run}. `mvke runs` lists those that are there.")
+        inside = Path("runs") / args.run
+        hint = f" Did you mean {inside}?" if inside.is_dir() else ""
+        raise RunError(f"There is no run at {args.run}.{hint} `mvke runs` lists those that are there.")
 
 
 def _open(args: argparse.Namespace) -> Any:
@@ -1106,7 +1116,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                 settings = (_FLAGS.get(("model", option), option) for option in COMMON_SETTINGS)
                 chosen.common = ("help", "data", "set", *command.common, *settings)
         chosen.set_defaults(parser=chosen)
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def _run(argv: Sequence[str]) -> None:

@@ -246,6 +246,28 @@ def test_a_run_is_needed_once(mvke, tmp_path):
         assert code == 2 and error.endswith("error: give one run, such as runs/mine\n")
 
 
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["train", "--task", "click"], "unrecognized arguments: --task click Did you mean '--tasks'?"),
+        (["train", "log.toml"], "unrecognized arguments: log.toml Did you mean --data log.toml?"),
+        (["evaluate", "mine", "--part=test", "--bach_size=3"], "--bach_size=3 Did you mean '--batch_size'?"),
+        (["runs", "a", "b"], "unrecognized arguments: b"),
+    ],
+)
+def test_slips_of_a_command_line_get_a_hint(argv, hint, mvke):
+    code, _, error = mvke(*argv)
+    assert code == 2 and error.startswith(f"usage: mvke {argv[0]}") and error.endswith(f"{hint}\n")
+
+
+def test_a_run_is_found_by_its_name(mvke, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    code, _, error = mvke("evaluate", "mine")
+    expected = "error: There is no run at mine. Did you mean runs/mine? `mvke runs` lists those that are there.\n"
+    assert (code, error) == (2, expected)
+
+
 def test_evaluate_needs_a_run(mvke, tmp_path):
     code, _, error = mvke("evaluate", tmp_path)
     assert code == 2

@@ -26,6 +26,9 @@ from mvke_tf.data.groups import Grouping, is_small
 from mvke_tf.inference.gates import Thresholds, gate_state
 from mvke_tf.models import TwoTowerModel
 
+# What is not seen in four decimals is no loss.
+NO_LOSS = 5e-5
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -162,8 +165,14 @@ class _Worth:
         worst = removed.loc[((1 if metric == "auc" else -1) * removed["difference"]).idxmin()]
         sentence = (
             f"{metric.upper()} {trained['value']:.4f}; with the mean weights for every impression {mean['value']:.4f} "
-            f"({mean['difference']:+z.4f}). The most valuable expert is {worst['expert']}: without it "
-            f"{worst['value']:.4f} ({worst['difference']:+z.4f})."
+            f"({mean['difference']:+z.4f}). "
+        )
+        loss = (-1 if metric == "auc" else 1) * worst["difference"]
+        sentence += (
+            f"The most valuable expert is {worst['expert']}: without it {worst['value']:.4f} "
+            f"({worst['difference']:+z.4f})."
+            if loss > NO_LOSS
+            else "Without any one of the experts it is no worse."
         )
         if metric == "auc":
             return cls(-mean["difference"], sentence)
@@ -202,7 +211,7 @@ def _state(row: Any, task: pd.DataFrame, worth: _Worth | None, thresholds: Thres
             f"an equal share is {1 / row.experts:.3f})"
             f"{'.' if worth is None else ', and the same weights for every impression would do.'}",
             (
-                "larger initial kernels (--virtual_kernel_stddev 1.0), or a higher learning rate."
+                "initial kernels of --virtual_kernel_stddev 1.0 at least, a higher learning rate, or more rows."
                 if kernels
                 else "a higher learning rate, fewer experts, or no balance loss (--load_balancing_weight 0)."
             ),

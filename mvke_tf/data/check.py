@@ -30,6 +30,9 @@ MOST_WIDTH = 120
 MANY_UNKNOWN = 0.5
 MANY_VALUES = 0.5
 MANY_LONG = 0.05
+# A feature that comes with an event only: the chance of that, were they independent, and values that are tried.
+UNLIKELY = 1e-6
+MOST_TRIED = 20
 # 1990-01-01, in milliseconds: earlier moments are most likely of another unit.
 EARLIEST = 631_152_000_000
 
@@ -305,8 +308,56 @@ class _Check:
                 place, f"{distinct:,} values in {self._rows:,} rows are too many to learn; is it a number, or prose?"
             )
         self._warn_of_lost_values(place, declared, encoded, table, rows, known)
+        if not is_key and declared.source_column is not None and self._column(declared)[1].name == LOG:
+            self._warn_of_outcomes(place, declared, encoded, table, rows, known)
         if encoded.is_list:
             self._warn_of_long_lists(place, declared)
+
+    def _warn_of_outcomes(
+        self,
+        place: str,
+        declared: FeatureDeclaration,
+        encoded: EncodedFeature,
+        table: EntityTable,
+        rows: np.ndarray,
+        known: np.ndarray,
+    ) -> None:
+        """Warns of a feature with values that come with an event only, by more than chance."""
+        raw, filled = table.raw[declared.name], known
+        values: list[tuple[str, np.ndarray]] = []
+        if not encoded.is_list and encoded.raw != "vector":
+            distinct = np.unique(raw[known].astype(str) if raw.dtype == object else raw[known])
+            if len(distinct) <= MOST_TRIED:
+                values = [(f"is {value!r}", known & (raw == value)) for value in distinct.tolist()]
+            if encoded.raw != "string":
+                filled = known & (raw != 0)
+        general = "has a value other than 0" if encoded.raw != "string" else "is known"
+        for task in self._dataset.tasks:
+            if task.kind != "binary":
+                continue
+            counts = self._prepared.weight(task.name)[self._shown] > 0
+            label = self._prepared.label(task.name)[self._shown]
+            for condition, mask in [(general, filled), *values]:
+                inside = counts & mask[rows]
+                if not inside.any() or label[inside].min() < 1:
+                    continue
+                if label[counts].mean() ** self._independent(inside) < UNLIKELY:
+                    self._warn(
+                        place,
+                        f"where it {condition}, the label of [tasks.{task.name}] is always 1 ({int(inside.sum()):,} "
+                        "rows): is it an outcome, known only after the moment of a prediction? Then it belongs among "
+                        "the tasks, or nowhere.",
+                    )
+                    return
+
+    def _independent(self, rows: np.ndarray) -> int:
+        """How many rows count that are chosen by a mask: those of one user or one item are alike, and count once."""
+        prepared, number = self._prepared, int(rows.sum())
+        if prepared.has_users:
+            number = min(number, len(np.unique(np.asarray(prepared.users.key)[prepared.user_row[self._shown][rows]])))
+        if prepared.has_items:
+            number = min(number, len(np.unique(np.asarray(prepared.items.key)[prepared.item_row[self._shown][rows]])))
+        return number
 
     def _warn_of_lost_values(
         self,

@@ -69,6 +69,8 @@ VALUE_WORDS = frozenset((
 # Grades that users give, of few levels.
 GRADE_WORD = re.compile(r"(rat(e|ed|ing)|star|score|grade)s?")
 MOST_GRADES = 20
+# Share of the texts of a column of numbers up to which they are slips.
+MOST_ODD = 0.02
 # Of a flag that is 1 in every row of an event: the chance of that, were they independent.
 UNLIKELY = 1e-3
 POSITIVE_VALUES = frozenset(("yes", "y", "true", "t", "1", "positive", "pos", "success", "good", "clicked", "bought"))
@@ -102,6 +104,10 @@ class _Column:
     weighted: bool = False
     weights: str | None = None
     text: pl.Series | None = None
+    # The condition of the event without which it has no value.
+    outcome_of: str | None = None
+    # A text among numbers.
+    odd: str | None = None
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -277,7 +283,7 @@ class _Log:
             return None
         for one in self.columns:
             if one.kind == "string" and one is not self.item and one.words[-1:] in (("title",), ("name",)):
-                others = [word for word in one.words[:-1] if word not in ITEM_WORDS]
+                others = [word for word in one.words[:-1] if word not in ITEM_WORDS and word not in self.item.words]
                 if not others and self.dependence(one, self.item) <= DEPENDENT:
                     return one
         return None
@@ -303,6 +309,8 @@ class _Log:
             flags = [task for one in reversed(left) if one.kind == "flag" for task in _binary_task(one)]
             binary = flags[:1]
         binary += [task for one in left for task in self._wider_task(one, binary)]
+        binary += [task for one in left for task in self._narrower_task(one, binary)]
+        self._find_outcomes(left, [*binary, *(_Task(one, "", "", one.values) for one in values)])
         binary.sort(key=lambda task: -task.positives)
         for task in binary:
             wider = [
@@ -313,6 +321,8 @@ class _Log:
                 and not (task.happened & ~other.happened).any()
             ]
             task.given = min(wider, key=lambda other: other.positives, default=None)
+            if task.given is not None:
+                task.is_conditional = bool(task.label.values.filter(~task.given.happened).is_null().all())
         return binary + [self._value_task(one, binary) for one in values]
 
     def _wider_task(self, one: _Column, tasks: Sequence[_Task]) -> list[_Task]:
@@ -328,6 +338,36 @@ class _Log:
                     name = _toml(task.name or task.label.name)[1:-1]
                     return [dataclasses.replace(wider, note=f"an outcome: {name} is 1 only where it is 1")]
         return []
+
+    def _narrower_task(self, one: _Column, tasks: Sequence[_Task]) -> list[_Task]:
+        """The task of a flag that is 1 only where another event has happened, by more than chance."""
+        if one.kind != "flag" or any(task.label is one for task in tasks) or not self._varies(one):
+            return []
+        for narrower in _binary_task(one):
+            for task in tasks:
+                if self._happens_only_with(narrower.happened, task):
+                    name = _toml(task.name or task.label.name)[1:-1]
+                    return [dataclasses.replace(narrower, note=f"an outcome: it is 1 only where {name} is 1")]
+        return []
+
+    def _find_outcomes(self, columns: Sequence[_Column], tasks: Sequence[_Task]) -> None:
+        """Marks columns that have a value other than 0 only where an event has happened, by more than chance: they are
+        known afterwards, and would tell the model that event."""
+        for one in columns:
+            if any(task.label is one for task in tasks) or not self._varies(one):
+                continue
+            filled = one.values.is_not_null()
+            if one.kind in ("flag", "integer", "number"):
+                filled = filled & (one.values != 0).fill_null(False)
+            elif one.kind == "list":
+                filled = filled & (one.values.list.len() > 0).fill_null(False)
+            for task in tasks:
+                if task.kind == "binary" and self._happens_only_with(filled, task):
+                    one.outcome_of = task.sql
+
+    def _happens_only_with(self, happened: pl.Series, task: _Task) -> bool:
+        chance = (task.positives / self.rows) ** int(happened.sum())
+        return chance < UNLIKELY**2 and not (happened & ~task.happened).any()
 
     def _is_outcome(self, one: _Column) -> bool:
         return one.kind in ("integer", "number") and one.known.n_unique() >= 3 and self._varies(one)
@@ -376,6 +416,7 @@ class _Task:
     where: _Task | None = None
     log: bool = False
     note: str = ""
+    is_conditional: bool = False
 
     @property
     def positives(self) -> int:
@@ -494,6 +535,8 @@ class _Draft:
                     yield "default = false  # guess: learned only where it is asked for"
             if task.given is not None:
                 yield f"given = {_toml(task.given.name)}  # guess: it is 1 only where {task.given.name} is 1"
+                if task.is_conditional:
+                    yield f'objective = "conditional"  # it is unknown where {task.given.name} is 0'
 
     def _features(self) -> Iterator[str]:
         log = self._log
@@ -516,6 +559,13 @@ class _Draft:
                 lines.append("context = true  # guess: it changes from row to row of a user")
             if name != one.name:
                 lines.append(f"column = {_toml(one.name)}")
+            if one.odd is not None:
+                lines.append(
+                    f"# guess: a text, because of cells such as {one.odd}. Nearly all others are numbers: correct"
+                )
+                lines.append(
+                    "# them in the table, or name the words that mean unknown in `null` of [source]; then draft anew."
+                )
             lines += self._encoding(one)
             by_tower[tower].append(lines)
         by_tower["user"] += self._histories()
@@ -545,6 +595,9 @@ class _Draft:
             return f"no encoding for values of type {known.dtype}"
         if one.kind == "moment":
             return f"{one.describe()}; no encoding for moments"
+        if one.outcome_of is not None:
+            event = short(one.outcome_of, 40)[1:-1]
+            return f"an outcome: it has a value only where {event}; as a feature it would give that away"
         if one.kind in ("list", "vector"):
             return None
         if known.n_unique() == 1:
@@ -735,7 +788,10 @@ def _look_at_text(series: pl.Series) -> _Column:
     moments = _moments(series)
     if moments is not None:
         return _Column(series.name, moments, "moment", text=series)
-    return _as_list(series) or _Column(series.name, series, "string")
+    odd = text.filter(~numbers.is_finite().fill_null(False))
+    return _as_list(series) or _Column(
+        series.name, series, "string", odd=short(odd[0], 40) if 0 < len(odd) <= MOST_ODD * len(text) else None
+    )
 
 
 def _moments(series: pl.Series) -> pl.Series | None:

@@ -576,6 +576,15 @@ def _labels(rows: _Rows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
                     f"{int(out_of_order.sum()):,}",
                     task.given,
                 )
+            without = (labels[task.given] == 0) & (weights[task.given] > 0)
+            if task.kind == "binary" and task.objective == "joint" and without.any() and not weight[without].any():
+                logger.warning(
+                    "%s: the label is known only where that of %r is 1, and over those rows alone the product of the "
+                    'two probabilities says nothing of the second. Declare objective = "conditional", which learns it '
+                    "from these rows, or a label that is 0 in the others.",
+                    place,
+                    task.given,
+                )
     return labels, weights
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mvke_tf.data.check import check
 from mvke_tf.data.declaration import Dataset, History
 from mvke_tf.data.draft import draft
 from mvke_tf.errors import DataError, DeclarationError
@@ -201,6 +202,83 @@ def test_grades_become_two_tasks(tmp_path):
         ("rating", "regression", "rating", False),
     ]
     assert "rating" not in [feature.source_column for feature in dataset.features]
+
+
+def recipes(rows: int = 2_000) -> pl.DataFrame:
+    """Recipes that are shown: `saved` and `seconds` come with `viewed` only, `stars` are known of some viewed rows."""
+    random = np.random.default_rng(0)
+    viewed = random.random(rows) < 0.4
+    recipe = random.integers(0, 60, rows)
+    return pl.DataFrame(
+        {
+            "customer": [f"c{number}" for number in random.integers(0, 100, rows)],
+            "recipe_id": [f"R-{number}" for number in recipe],
+            "recipe_title": [f"Salad {number % 50}" for number in recipe],
+            "minutes": [str(5 + number) for number in recipe],
+            "placement": random.choice(["top", "side"], rows),
+            "viewed": viewed.astype(int),
+            "saved": (viewed & (random.random(rows) < 0.5)).astype(int),
+            "seconds": np.where(viewed, random.integers(1, 300, rows), 0),
+            "coupon": ["taken" if one else None for one in viewed & (random.random(rows) < 0.3)],
+            "stars": np.where(viewed & (random.random(rows) < 0.3), random.integers(1, 6, rows), np.nan),
+        }
+    )
+
+
+def test_what_comes_with_an_event_only_is_no_feature(tmp_path):
+    table = recipes()
+    dataset = drafted(table, tmp_path / "recipes.csv")
+    text = (tmp_path / "recipes.toml").read_text()
+    assert dataset.keys.item_name == "recipe_title"
+    assert [(task.name, task.given, task.objective) for task in dataset.tasks] == [
+        ("viewed", None, "joint"),
+        ("saved", "viewed", "joint"),
+        # The label is unknown where nothing was viewed.
+        ("high_stars", "viewed", "conditional"),
+        ("stars", None, "joint"),
+    ]
+    sources = {feature.source_column for feature in dataset.features}
+    assert not sources & {"viewed", "saved", "seconds", "coupon", "stars"} and {"placement", "minutes"} <= sources
+    for column in ("seconds", "coupon"):
+        assert f"#   {column:<7}  an outcome: it has a value only where viewed; as a feature it would give that" in text
+    assert dataset.feature("minutes").encode == "buckets" and check(dataset).warnings == ()
+
+    # And what a user declares all the same is noticed.
+    changed = {
+        "tasks.saved": None,
+        "tasks.high_stars.objective": "joint",
+        "features.saved": {"tower": "user", "context": True, "encode": "vocabulary"},
+        "features.seconds": {"tower": "user", "context": True, "encode": "buckets", "bins": 4},
+        "features.coupon": {"tower": "user", "context": True, "encode": "vocabulary"},
+    }
+    found = check(dataset.replace(changed)).warnings
+    seen = {
+        name: int(table.filter(pl.col(name).is_not_null() & (pl.col(name) != 0)).height)
+        for name in ("saved", "seconds")
+    }
+    for place, condition in (
+        ("saved", f"has a value other than 0, the label of [tasks.viewed] is always 1 ({seen['saved']:,} rows)"),
+        ("seconds", f"has a value other than 0, the label of [tasks.viewed] is always 1 ({seen['seconds']:,} rows)"),
+        ("coupon", "is known, the label of [tasks.viewed] is always 1"),
+    ):
+        assert any(line.startswith(f"[features.{place}]: where it {condition}") for line in found), found
+    assert any(
+        line.startswith("[tasks.high_stars]: the label is known only where that of 'viewed' is 1") for line in found
+    )
+    assert len([line for line in found if "outcome" in line]) == 3
+
+
+def test_a_stray_text_among_numbers_is_named(tmp_path):
+    table = recipes().with_columns(
+        pl.when(pl.int_range(pl.len()) == 7).then(pl.lit("about 30")).otherwise("minutes").alias("minutes")
+    )
+    table.write_csv(tmp_path / "recipes.csv")
+    text = draft(tmp_path / "recipes.csv")
+    lines = text.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("[features.minutes]"))
+    assert "# guess: a text, because of cells such as 'about 30'. Nearly all others are numbers" in "\n".join(
+        lines[place : place + 5]
+    )
 
 
 def test_an_outcome_of_any_name_is_no_feature(tmp_path):
