@@ -492,7 +492,7 @@ def _runs(args: argparse.Namespace) -> None:
     print(
         _table([("run", "dataset", "model", "score", "epochs", "age", "state"), *map(_summary, runs)], right=(3, 4, 5))
     )
-    print("\nscore: the best validation score; age: since the last epoch")
+    print("\nscore: the best validation score, the mean AUC of its tasks where there is one; age: since the last epoch")
     _say_next(("show", runs[0].folder))
 
 
