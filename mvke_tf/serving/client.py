@@ -42,7 +42,7 @@ class Client:
 
         Args:
             signature: Name of a signature.
-            inputs: All its inputs by name: lists, NumPy arrays or tensors.
+            inputs: All its inputs by name: lists, NumPy arrays or tensors. Weights of unweighted lists may be left out.
 
         Returns:
             Its outputs by name; strings are bytes, as TensorFlow gives them.
@@ -70,6 +70,10 @@ def checked_inputs(signature: Mapping[str, Any], inputs: Mapping[str, Any]) -> d
         ValueError: If one is missing, unknown, or of a wrong type, range or number of axes. The message names it.
     """
     fields = signature["inputs"]
+    left_out = {
+        name: field["ones_like"] for name, field in fields.items() if "ones_like" in field and name not in inputs
+    }
+    inputs = {**inputs, **{name: _ones(inputs[of]) for name, of in left_out.items() if of in inputs}}
     missing = sorted(set(fields) - set(inputs))
     unknown = {
         name: difflib.get_close_matches(name, missing or fields, 1) for name in sorted(set(inputs) - set(fields))
@@ -80,6 +84,14 @@ def checked_inputs(signature: Mapping[str, Any], inputs: Mapping[str, Any]) -> d
     if problems:
         raise ValueError(f"{'; '.join(problems)}. Expected: {sorted(fields)}. Received: {sorted(inputs)}")
     return {name: _array(name, inputs[name], field) for name, field in fields.items()}
+
+
+def _ones(values: Any) -> Any:
+    """A weight of 1 for each slot; lists of different lengths stay, and are refused under their own name."""
+    try:
+        return np.ones(np.shape(values), np.float32)
+    except ValueError:
+        return values
 
 
 def _array(name: str, values: Any, field: Mapping[str, Any]) -> np.ndarray:

@@ -35,6 +35,7 @@ class TensorField:
         description: What it means.
         unknown: What stands for "unknown" in it, `"NaN"` for that number; None if nothing does.
         example: A legal value of one row, if one is known.
+        ones_like: Of weights, the list whose slots weigh 1 each where the server or the client is not given them.
     """
 
     dtype: str
@@ -42,6 +43,7 @@ class TensorField:
     description: str
     unknown: str | int | None = None
     example: Any = None
+    ones_like: str | None = None
 
     def spec(self, name: str) -> tf.TensorSpec:
         """The same for TensorFlow."""
@@ -101,6 +103,8 @@ def tower_inputs(encoder: Encoder, tower: str) -> Fields:
         if name == feature.name:
             unknown = "NaN" if dtype == "float32" else RAW_UNKNOWN[feature.raw]
             field = dataclasses.replace(field, unknown=unknown, example=encoder.example(feature))
+        elif not feature.weighted:
+            field = dataclasses.replace(field, ones_like=feature.name)
         fields[name] = field
     return fields
 
@@ -114,7 +118,8 @@ def _shape(rank: int, feature: EncodedFeature) -> tuple[int, ...]:
 def _describe(name: str, feature: EncodedFeature) -> str:
     what = f"{feature.tower} feature, {feature.raw}"
     if name != feature.name:
-        return f"{feature.tower} feature, finite weight of each slot of {feature.name}; 0 is an empty slot"
+        left_out = "" if feature.weighted else "; 1 each where they are left out, as JSON and client.py allow"
+        return f"{feature.tower} feature, finite weight of each slot of {feature.name}; 0 is an empty slot{left_out}"
     if feature.raw == "vector":
         return f"{what} of {feature.width} numbers; {_UNKNOWN['vector']}"
     if feature.length == 1:

@@ -61,6 +61,9 @@ def test_signatures_json_says_what_the_features_are(run, exported):
     assert dtypes["tags_weights"] == ("float32", [-1, -1])
     assert "list of any length, values of item; the first 5 count" in fields["recent_items"]["description"]
     assert "weight of each slot of tags" in fields["tags_weights"]["description"]
+    ones = {name: field["ones_like"] for name, field in fields.items() if "ones_like" in field}
+    # Those of liked_tags count how often.
+    assert ones == {"recent_items_weights": "recent_items", "tags_weights": "tags"}
     assert "logit of click" in described["item_vectors"]["outputs"]["item_vector_click"]["description"]
     assert "experts (1, 2, 3, 4) in buy" in described["gate_weights"]["outputs"]["gate_buy"]["description"]
 

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from mvke_tf.serving.rest.app import Application, Limits
 from mvke_tf.serving.rest.model import Cost, ServedModel
-from mvke_tf.serving.rest.protocol import MOST_KEYS, MOST_LEVELS, InputSpec
+from mvke_tf.serving.rest.protocol import (
+    MOST_KEYS,
+    MOST_LEVELS,
+    InputSpec,
+    RequestError,
+    parse_request,
+    read_arrays,
+)
 from mvke_tf.serving.rest.server import curl
 from tests.serving.rest_helpers import ANSWER, GOOD, PREDICT, ROW, Client, Stub, answer, chunks, predict
 
@@ -690,6 +697,46 @@ def test_a_request_ends_with_the_version_that_it_began_with():
         return answers
 
     assert anyio.run(main) == [{"outputs": [0, 1, 2]}, {"outputs": [0, 1]}]
+
+
+LISTS = {
+    "tags": InputSpec("tags", "string", (None, None), unknown=""),
+    "tags_weights": InputSpec("tags_weights", "float32", (None, None), ones_like="tags"),
+    "age": InputSpec("age", "float32", (None,)),
+}
+
+
+def arrays_of(request: dict) -> dict[str, np.ndarray]:
+    return read_arrays(parse_request(json.dumps(request).encode()), LISTS, 10, 100)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"instances": [{"tags": ["a", "b"], "age": 1}, {"tags": ["c", "d"], "age": 2, "tags_weights": [0, 3]}]},
+        {"inputs": {"tags": [["a", "b"], ["c", "d"]], "age": [1, 2]}},
+    ],
+)
+def test_weights_of_unweighted_lists_may_be_left_out(request_):
+    arrays = arrays_of(request_)
+    assert list(arrays) == list(LISTS) and arrays["tags"].tolist() == [[b"a", b"b"], [b"c", b"d"]]
+    expected = [[1, 1], [0, 3]] if "instances" in request_ else [[1, 1], [1, 1]]
+    assert arrays["tags_weights"].tolist() == expected and arrays["tags_weights"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"instances": [{"age": 1}]}, r"instances\[0\] lacks 'tags' .*, 'tags_weights' "),
+        ({"instances": [{"age": 1, "tags": "a"}]}, r"instances\[0\]\.tags must be a list"),
+        ({"inputs": {"age": [1], "tags": "a"}}, r"inputs lacks 'tags_weights'"),
+        ({"inputs": {"age": [1], "tags": ["a"]}}, r"inputs\.tags\[0\] must be a list"),
+        ({"instances": [{"age": 1, "tags": ["a"], "tag": 1}]}, r"Received also: .*tag"),
+    ],
+)
+def test_lists_without_weights_that_cannot_be_read(request_, message):
+    with pytest.raises(RequestError, match=message):
+        arrays_of(request_)
 
 
 def refused_or_answered(client, body) -> None:

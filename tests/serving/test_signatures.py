@@ -215,6 +215,14 @@ def test_the_client_names_what_is_wrong(user, serve, signature, change, message)
     assert all(name in answer for name in change)
 
 
+def test_the_client_weighs_unweighted_lists(user, serve):
+    row = {**one(user), "recent_items": [["i01", "i02"]], "recent_items_weights": [[1.0, 1.0]]}
+    without = {name: values for name, values in row.items() if name != "recent_items_weights"}
+    assert_close(serve(without, "user_vectors", "client"), serve(row, "user_vectors", "client"))
+    ragged = serve({**without, "recent_items": [["a", "b"], ["c"]]}, "user_vectors", "client")
+    assert "'recent_items' must be string" in ragged and "lists of different lengths" in ragged
+
+
 def test_the_client_takes_lists_and_tables(user, pairs, serve):
     lists = {name: column[:1].tolist() for name, column in user.items()}
     lists |= {"recent_items": [[]], "recent_items_weights": [[]], "liked_tags": [[]], "liked_tags_weights": [[]]}

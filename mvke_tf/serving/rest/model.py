@@ -232,7 +232,7 @@ class ServedModel:
     def example(self, signature: str) -> dict[str, Any]:
         """A request with one row, of the examples in `signatures.json` or made up: a warm-up and a pattern."""
         specs = self.inputs(signature)
-        columns = {name: _example(spec) for name, spec in specs.items()}
+        columns = {name: _example(spec) for name, spec in specs.items() if spec.ones_like is None}
         request = {} if signature == DEFAULT_SIGNATURE else {"signature_name": signature}
         if any(spec.shape == () for spec in specs.values()):
             return {**request, "inputs": columns}
@@ -269,6 +269,7 @@ def _input_specs(function: Any, described: Mapping[str, Any]) -> dict[str, Input
             _text(entry),
             unknown,
             entry.get("example"),
+            entry["ones_like"] if entry.get("ones_like") in specs else None,
         )
     return inputs
 

@@ -72,6 +72,7 @@ class InputSpec:
         description: What it means, if that is known.
         unknown: The value that `null` stands for; None if it stands for nothing.
         example: A legal value of one row, if one is known.
+        ones_like: The list whose slots it gives a weight of 1 each where it is left out; None if it may not be.
     """
 
     name: str
@@ -80,6 +81,7 @@ class InputSpec:
     description: str = ""
     unknown: Any = None
     example: Any = None
+    ones_like: str | None = None
 
     def __str__(self) -> str:
         axes = (
@@ -225,6 +227,12 @@ def _is_b64(value: Any) -> bool:
 
 def _columns(values: Any, inputs: Mapping[str, InputSpec]) -> dict[str, Any]:
     if isinstance(values, dict) and not _is_b64(values):
+        weights = {
+            spec.name: [_ones(slots) for slots in values[spec.ones_like]]
+            for spec in _left_out(values, inputs)
+            if isinstance(values[spec.ones_like], list)
+        }
+        values = {**values, **weights}
         _check_names(values, inputs, INPUTS)
         return values
     if len(inputs) != 1:
@@ -255,10 +263,22 @@ def _columns_of_rows(rows: Any, inputs: Mapping[str, InputSpec], max_rows: int) 
             f"Every row of {INSTANCES!r} must be an object of the inputs {sorted(inputs)}. "
             f"Received: {INSTANCES}[{first}] is {_JSON_NAMES[type(rows[first])]}"
         )
+    rows = list(rows)
     for number, row in enumerate(rows):
         if row.keys() != inputs.keys():
-            _check_names(row, inputs, f"{INSTANCES}[{number}]")
+            rows[number] = row | {spec.name: _ones(row[spec.ones_like]) for spec in _left_out(row, inputs)}
+            _check_names(rows[number], inputs, f"{INSTANCES}[{number}]")
     return {name: [row[name] for row in rows] for name in inputs}
+
+
+def _left_out(values: Mapping[str, Any], inputs: Mapping[str, InputSpec]) -> list[InputSpec]:
+    """Weights that a request leaves out, of lists that it has."""
+    return [spec for name, spec in inputs.items() if name not in values and spec.ones_like in values]
+
+
+def _ones(slots: Any) -> Any:
+    """A weight of 1 for each slot; what is no list stays, and is refused under the name of the list."""
+    return [1.0] * len(slots) if isinstance(slots, list) else slots
 
 
 def _check_names(values: Mapping[str, Any], inputs: Mapping[str, InputSpec], where: str) -> None:
