@@ -205,4 +205,4 @@ def epoch_line(logs: Mapping[str, float], epochs: int, seconds: float, is_best: 
 
 
 def _rest(number: int) -> str:
-    return f"  {number} more in log.csv"
+    return f"  ({number} more)"

@@ -408,12 +408,12 @@ def test_the_line_of_an_epoch_fits_whatever_the_tasks_are():
         line = epoch_line({**logs, **tasks}, 1_000_000, 98_765, False)
         assert len(line) <= 100
         shown = line.count("0.8765")
-        assert line.endswith(f"  {number - shown} more in log.csv" if shown < number else "0.8765")
+        assert line.endswith(f"  ({number - shown} more)" if shown < number else "0.8765")
     logs |= {"val_click_auc": 0.9, "val_click_loss": 0.3, "val_price_rmse": 2.0}
     begin = "Epoch 12/20  4 s  loss 1.235  val_loss 1.235e+05  score -0.5000"
     assert epoch_line(logs, 20, 4.4, False) == f"{begin}  click_auc 0.9000  price_rmse 2.000"
-    assert epoch_line(logs, 20, 4.4, True) == f"{begin} (best)  2 more in log.csv"
-    assert epoch_line(logs | {"val_b_auc": 0.5}, 20, 4.4, False) == f"{begin}  click_auc 0.9000  2 more in log.csv"
+    assert epoch_line(logs, 20, 4.4, True) == f"{begin} (best)  click_auc 0.9000  (1 more)"
+    assert epoch_line(logs | {"val_b_auc": 0.5}, 20, 4.4, False) == f"{begin}  click_auc 0.9000  (2 more)"
 
 
 def test_training_says_one_line_per_epoch(new_run, capsys):
