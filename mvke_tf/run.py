@@ -148,17 +148,17 @@ class Run(RunFolder):
         if not folder.is_dir():
             raise RunError(f"The prepared data of {self.folder} are not at {folder}. {self._prepare_again()}")
         prepared = PreparedDataset.load(folder)
-        if self._tables_have_changed() is True:
+        if prepared.digest != self.data["digest"]:
+            raise RunError(
+                f"The prepared data at {folder} are not those that {self.folder} was trained on. Expected the digest "
+                f"{self.data['digest']}. Received: {prepared.digest}. {self._prepare_again()}"
+            )
+        if self._tables_have_changed():
             LOGGER.warning(
                 "The tables of %s have changed since it was made: it goes on with the data prepared then. A run on "
                 "those of now: %s",
                 self.folder,
                 self._train_on_those_of_now(),
-            )
-        if prepared.digest != self.data["digest"]:
-            raise RunError(
-                f"The prepared data at {folder} are not those that {self.folder} was trained on. Expected the digest "
-                f"{self.data['digest']}. Received: {prepared.digest}. {self._prepare_again()}"
             )
         return prepared
 

@@ -309,21 +309,15 @@ class _Check:
             )
         self._warn_of_lost_values(place, declared, encoded, table, rows, known)
         if not is_key and declared.source_column is not None and self._column(declared)[1].name == LOG:
-            self._warn_of_outcomes(place, declared, encoded, table, rows, known)
+            self._warn_of_outcomes(place, encoded, table, rows, known)
         if encoded.is_list:
             self._warn_of_long_lists(place, declared)
 
     def _warn_of_outcomes(
-        self,
-        place: str,
-        declared: FeatureDeclaration,
-        encoded: EncodedFeature,
-        table: EntityTable,
-        rows: np.ndarray,
-        known: np.ndarray,
+        self, place: str, encoded: EncodedFeature, table: EntityTable, rows: np.ndarray, known: np.ndarray
     ) -> None:
         """Warns of a feature with values that come with an event only, by more than chance."""
-        raw, filled = table.raw[declared.name], known
+        raw, filled = table.raw[encoded.name], known
         values: list[tuple[str, np.ndarray]] = []
         if not encoded.is_list and encoded.raw != "vector":
             distinct = np.unique(raw[known].astype(str) if raw.dtype == object else raw[known])
