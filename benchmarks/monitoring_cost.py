@@ -40,7 +40,7 @@ def main() -> None:
     import numpy as np
 
     from mvke_tf.training import loop
-    from mvke_tf.training.monitoring import Monitor
+    from mvke_tf.training.monitoring import Monitor, plugins
 
     spent: list[float] = []
     epochs: list[float] = []
@@ -73,8 +73,8 @@ def main() -> None:
         write_best(*arguments)
         finishing.append(time.perf_counter() - started)
 
-    write_best = loop.write_best
-    loop.Monitor, loop.write_best = TimedMonitor, timed_write_best
+    write_best = plugins.write_best
+    loop.Monitor, plugins.write_best = TimedMonitor, timed_write_best
 
     with tempfile.TemporaryDirectory() as folder:
         loop.train(prepared_of(args), config, "run", runs_dir=Path(folder))

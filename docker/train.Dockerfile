@@ -6,7 +6,7 @@ FROM python:3.11-slim
 COPY requirements.lock pyproject.toml README.md LICENSE /src/
 COPY mvke_tf /src/mvke_tf
 RUN sed -E '/^ /d; s/ *\\$//' /src/requirements.lock > /src/constraints.txt \
-    && pip install --no-cache-dir --constraint /src/constraints.txt '/src[analysis,compare,datasets,gpu,profile,tune]' \
+    && pip install --no-cache-dir --constraint /src/constraints.txt '/src[analysis,compare,datasets,gpu,profile,train,tune]' \
     && rm -rf /src \
     && useradd --create-home mvke
 USER mvke

@@ -607,6 +607,7 @@ def _calibrate_options(parser: argparse.ArgumentParser) -> None:
 def _calibrate(args: argparse.Namespace) -> None:
     """Calibrates the binary tasks of a run on its validation part; exports and profiles are calibrated from then on."""
     import_tensorflow()
+    require_extra("train", "scipy", "sklearn")
     from mvke_tf.evaluation import calibrate_run, calibration_table
 
     run = _open(args)
@@ -631,7 +632,7 @@ def _analyze_options(parser: argparse.ArgumentParser) -> None:
 
 def _analyze(args: argparse.Namespace) -> None:
     """Says what the experts of a run learned: tables, pictures, a diagnosis and one page."""
-    require_extra("analysis", "matplotlib", "pandas")
+    require_extra("analysis", "matplotlib", "pandas", "sklearn", "tqdm")
     import_tensorflow()
     from mvke_tf.analysis import analyze_run
 
@@ -650,7 +651,7 @@ def _explore_options(parser: argparse.ArgumentParser) -> None:
 
 def _explore(args: argparse.Namespace) -> None:
     """Shows a run as a local page: users, edited ones too, and items, with what each expert contributes."""
-    require_extra("explore", "gradio", "matplotlib", "pandas", "uvicorn")
+    require_extra("explore", "gradio", "matplotlib", "pandas", "sklearn", "uvicorn")
     import_tensorflow()
     from mvke_tf.explore.server import explore
 
@@ -874,7 +875,7 @@ def _check_profile(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def _profile(args: argparse.Namespace) -> None:
     """Makes the profiles of users in bulk: the items or groups that each rates highest, as files."""
-    require_extra("profile", "pandas")
+    require_extra("profile", "pandas", "tqdm")
     import_tensorflow()
     from mvke_tf.inference.index import IndexConfig
     from mvke_tf.serving.profiles import profile_run
@@ -943,7 +944,7 @@ def _check_compare(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def _compare(args: argparse.Namespace) -> None:
     """Trains several models with several seeds on the same data and writes one table."""
-    require_extra("compare", "matplotlib", "pandas")
+    require_extra("compare", "matplotlib", "pandas", "scipy", "sklearn", "tqdm")
     files = dict(args.configs)
     configs = {model: read_settings(args, files.get(model, args.config)) for model in dict.fromkeys(args.models)}
     import_tensorflow()
@@ -979,7 +980,7 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
 
 def _tune(args: argparse.Namespace) -> None:
     """Searches good settings of a model; a searched setting that is given is not searched."""
-    require_extra("tune", "keras_tuner", "pandas")
+    require_extra("tune", "keras_tuner", "pandas", "tqdm")
     config = read_settings(args, args.config)
     fixed = [name for name, option in _SEARCHED.items() if getattr(args, option) is not None]
     import_tensorflow()

@@ -10,7 +10,6 @@ import math
 
 import numpy as np
 import polars as pl
-from sklearn import metrics as sklearn_metrics
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -23,9 +22,7 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     Returns:
         A value in [0, 1]; NaN unless both labels occur.
     """
-    if len(np.unique(labels)) < 2:
-        return math.nan
-    return float(sklearn_metrics.roc_auc_score(labels, scores))
+    return gauc(labels, scores, np.zeros(len(labels), np.int8))
 
 
 def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float:
@@ -69,7 +66,9 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """
     if not len(labels):
         return math.nan
-    return float(sklearn_metrics.log_loss(labels, np.asarray(probabilities, np.float64), labels=[0, 1]))
+    epsilon = np.finfo(np.float64).eps
+    clipped = np.clip(np.asarray(probabilities, np.float64), epsilon, 1 - epsilon)
+    return float(-np.mean(np.log(np.where(np.asarray(labels) == 1, clipped, 1 - clipped))))
 
 
 def value_bins(labels: np.ndarray, values: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -181,14 +180,18 @@ def regression_metrics(labels: np.ndarray, values: np.ndarray) -> dict[str, floa
         raise ValueError("Labels and values must be finite. Received: NaN or infinite ones")
     if not len(labels):
         return {"mse": None, "rmse": None, "mae": None, "rows": 0}
-    mse = float(sklearn_metrics.mean_squared_error(labels, values))
-    mae = float(sklearn_metrics.mean_absolute_error(labels, values))
+    mse, mae = float(np.mean((labels - values) ** 2)), float(np.mean(np.abs(labels - values)))
     return {"mse": mse, "rmse": math.sqrt(mse), "mae": mae, "rows": len(labels)}
 
 
 def poisson_deviance(labels: np.ndarray, rates: np.ndarray) -> float:
     """Mean over the rows of `2 (y ln(y / rate) - y + rate)`, of counts y and predicted means; 0 where both agree."""
-    return float(sklearn_metrics.mean_poisson_deviance(labels, rates)) if len(labels) else math.nan
+    if not len(labels):
+        return math.nan
+    labels, rates = np.asarray(labels, np.float64), np.asarray(rates, np.float64)
+    # 0 ln 0 is 0.
+    logarithms = np.where(labels > 0, labels * np.log(np.where(labels > 0, labels, 1) / rates), 0)
+    return float(2 * np.mean(logarithms - labels + rates))
 
 
 def count_metrics(labels: np.ndarray, rates: np.ndarray) -> dict[str, float | int | None]:

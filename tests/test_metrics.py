@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+from sklearn import metrics as sklearn_metrics
 from sklearn.metrics import roc_auc_score
 
 from mvke_tf.metrics import (
@@ -13,6 +14,7 @@ from mvke_tf.metrics import (
     gauc,
     log_loss,
     multiclass_metrics,
+    poisson_deviance,
     regression_metrics,
     value_bins,
 )
@@ -61,6 +63,23 @@ def test_gauc_equals_a_loop_over_the_groups():
 def test_gauc_without_a_mixed_group_is_undefined():
     assert math.isnan(gauc(np.array([0, 1]), np.array([0.1, 0.9]), np.array([1, 2])))
     assert math.isnan(gauc(np.zeros(0), np.zeros(0), np.zeros(0)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_equal_those_of_scikit_learn(seed):
+    random = np.random.default_rng(seed)
+    labels = random.random(3000) < 0.2
+    # Rounded: many ties, and certainties.
+    scores = np.round(random.beta(1, 3, 3000), 2).astype(np.float32)
+    assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-13)
+    expected = sklearn_metrics.log_loss(labels, scores.astype(np.float64))
+    assert log_loss(labels, scores) == pytest.approx(expected, rel=1e-12)
+    counts, rates = random.poisson(0.7, 3000), random.gamma(1.0, 1.0, 3000) + 1e-3
+    expected = sklearn_metrics.mean_poisson_deviance(counts, rates)
+    assert poisson_deviance(counts, rates) == pytest.approx(expected, rel=1e-12)
+    measured = regression_metrics(counts, rates)
+    assert measured["mse"] == pytest.approx(sklearn_metrics.mean_squared_error(counts, rates), rel=1e-12)
+    assert measured["mae"] == pytest.approx(sklearn_metrics.mean_absolute_error(counts, rates), rel=1e-12)
 
 
 def test_log_loss_in_nats():

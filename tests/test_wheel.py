@@ -77,12 +77,22 @@ def test_the_wheel_goes_from_a_table_to_a_model_with_its_core_alone(environment,
     ]
     done = python(environment, tmp_path, "-c", DRIVER, *lines)
     assert re.findall(r"^status (\d+) (.*)$", done.stdout, re.M) == [("0", line) for line in lines], done
-    # Nothing of TensorFlow's and no warning, though pictures are left out.
+    # Nothing of TensorFlow's and no warning, though curves, bars and pictures are left out.
     assert done.stderr == ""
     assert done.stdout.count("\nNext:  mvke ") == len(lines)
     assert done.stdout.count("pip install 'mvke_tf[analysis]'") == 2
+    for what, module in (("curves for TensorBoard", "tensorboard"), ("progress bars", "tqdm")):
+        assert done.stdout.count(f"Note: no {what}; they need {module}: pip install 'mvke_tf[train]'") == 1
+    assert "--logdir" not in done.stdout and not (tmp_path / "runs" / "mine" / "tensorboard").exists()
     assert (tmp_path / "runs" / "mine" / "export" / "1" / "saved_model.pb").is_file()
     assert re.search(r"^Epoch 2/2  \d+ s  loss .{20,80}$", done.stdout, re.M)
+
+
+@pytest.mark.slow
+def test_the_core_is_six_packages(environment):
+    (metadata,) = Path(environment["PYTHONPATH"].split(os.pathsep)[0]).glob("mvke_tf-*.dist-info/METADATA")
+    needed = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata.read_text(encoding="utf-8"), re.M)
+    assert set(needed) == {"keras", "keras-rs", "numpy", "polars", "pyarrow", "tensorflow"}
 
 
 @pytest.mark.slow
@@ -90,11 +100,12 @@ def test_what_the_core_lacks_is_named(environment, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     extras = {
-        f"analyze {run}": ("matplotlib, pandas", "analysis"),
-        f"explore {run}": ("gradio, matplotlib, pandas, uvicorn", "explore"),
-        f"profile {run}": ("pandas", "profile"),
-        "compare --output_dir c --models mvke": ("matplotlib, pandas", "compare"),
-        "tune --output_dir t": ("keras_tuner, pandas", "tune"),
+        f"analyze {run}": ("matplotlib, pandas, sklearn, tqdm", "analysis"),
+        f"calibrate {run}": ("scipy, sklearn", "train"),
+        f"explore {run}": ("gradio, matplotlib, pandas, sklearn, uvicorn", "explore"),
+        f"profile {run}": ("pandas, tqdm", "profile"),
+        "compare --output_dir c --models mvke": ("matplotlib, pandas, scipy, sklearn, tqdm", "compare"),
+        "tune --output_dir t": ("keras_tuner, pandas, tqdm", "tune"),
         f"serve {run}": ("starlette, uvicorn", "serve"),
         f"onnx {run}": ("tf2onnx, onnx, onnxruntime", "onnx"),
         "prepare --data adult": ("pooch", "datasets"),

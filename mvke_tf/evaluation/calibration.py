@@ -6,9 +6,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from scipy import optimize
-from sklearn.isotonic import IsotonicRegression
-from sklearn.linear_model import LogisticRegression
 
 from mvke_tf.errors import ConfigError, DataError
 from mvke_tf.evaluation.outcomes import Outcome
@@ -49,9 +46,12 @@ def fit_calibration(method: str, labels: np.ndarray, logits: np.ndarray) -> Logi
     if method == "isotonic":
         return _isotonic(labels, logits)
     if method == "platt":
+        from sklearn.linear_model import LogisticRegression
+
         fitted = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(logits[:, None], labels)
         slope, intercept = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
     else:
+        from scipy import optimize
 
         def loss(log_slope: float) -> float:
             scaled = np.exp(log_slope) * logits
@@ -70,6 +70,8 @@ def fit_calibration(method: str, labels: np.ndarray, logits: np.ndarray) -> Logi
 
 
 def _isotonic(labels: np.ndarray, logits: np.ndarray) -> LogitMap:
+    from sklearn.isotonic import IsotonicRegression
+
     means, shares, rows = value_bins(labels, logits, _BINS)
     fitted = IsotonicRegression().fit_transform(means, shares, sample_weight=rows)
     knots, values = [], []

@@ -87,7 +87,7 @@ def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS, cali
     logger.info("Evaluating %s on %s rows of the %s part ...", run.checkpoint, f"{rows:,}", part)
     found = outcomes_of(model, prepared, part, batch_size)
     merged |= _report(found, prepared, part)
-    if missing := missing_modules("matplotlib", "pandas"):
+    if missing := missing_modules("matplotlib", "pandas", "sklearn"):
         needed = f"{', '.join(missing)}: pip install 'mvke_tf[analysis]'"
         logger.info("Note: pictures and metrics by group are left out; they need %s", needed)
     else:

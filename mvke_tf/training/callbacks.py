@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
-from tqdm import tqdm
 
 from mvke_tf.config import TrainingConfig
-from mvke_tf.errors import TrainingError
+from mvke_tf.errors import TrainingError, missing_modules
 from mvke_tf.models import TwoTowerModel
 from mvke_tf.run import Progress, Run
 from mvke_tf.run_folder import History, best_epoch
@@ -149,27 +148,32 @@ class EpochLine(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._started = time.perf_counter()
-        self._bar = tqdm(
-            total=self.steps,
-            initial=self.start,
-            desc=f"Epoch {epoch + 1}",
-            unit="batch",
-            leave=False,
-            file=sys.stdout,
-            disable=not sys.stdout.isatty(),
-            dynamic_ncols=True,
-        )
+        if sys.stdout.isatty() and not missing_modules("tqdm"):
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self.steps,
+                initial=self.start,
+                desc=f"Epoch {epoch + 1}",
+                unit="batch",
+                leave=False,
+                file=sys.stdout,
+                dynamic_ncols=True,
+            )
 
     def on_train_batch_end(self, batch, logs=None):
-        # Of several batches in one step, the last.
-        self._bar.update(self.start + batch + 1 - self._bar.n)
+        if self._bar is not None:
+            # Of several batches in one step, the last.
+            self._bar.update(self.start + batch + 1 - self._bar.n)
 
     def on_epoch_end(self, epoch, logs=None):
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         self.start = 0
         seconds = time.perf_counter() - self._started
         is_best = best_epoch(self.history) == epoch
-        tqdm.write(epoch_line(self.history[-1], self.params["epochs"], seconds, is_best), file=sys.stdout)
+        sys.stdout.write(epoch_line(self.history[-1], self.params["epochs"], seconds, is_best) + "\n")
+        sys.stdout.flush()
 
 
 def epoch_line(logs: Mapping[str, float], epochs: int, seconds: float, is_best: bool) -> str:

@@ -31,7 +31,7 @@ from mvke_tf.run_folder import History, best_epoch, is_finished, resume_command
 from mvke_tf.schema import Schema, Task
 from mvke_tf.training.callbacks import EpochLine, EpochWatch, RunKeeper
 from mvke_tf.training.memory import check_memory, describe_memory, table_memory
-from mvke_tf.training.monitoring import MlflowLogger, Monitor, write_best
+from mvke_tf.training.monitoring import MlflowLogger, Monitor
 from mvke_tf.training.row_sparse import RowSparseAdam, row_sparse
 from mvke_tf.training.task_balance import balanced
 from mvke_tf.training.validation import Validation
@@ -145,8 +145,14 @@ def _train(
 ) -> Result:
     history = _history(run)
     finished = len(history)
-    LOGGER.info("Run: %s   (follow it: tensorboard --logdir %s)", run.folder, run.folder.parent)
-    if is_finished(history, run.config.training) and (run.logs / "best").exists():
+    missing = missing_modules("tensorboard", "tqdm")
+    curves = "tensorboard" not in missing
+    follow = f"   (follow it: tensorboard --logdir {run.folder.parent})" if curves else ""
+    LOGGER.info("Run: %s%s", run.folder, follow)
+    for module in missing:
+        what = {"tensorboard": "curves for TensorBoard", "tqdm": "progress bars"}[module]
+        LOGGER.info("Note: no %s; they need %s: pip install 'mvke_tf[train]'", what, module)
+    if is_finished(history, run.config.training) and (not curves or (run.logs / "best").exists()):
         # May be on a disk that is only read.
         run.clear_temporary()
         LOGGER.info("All %d epochs of %s have finished already.", finished, run.folder)
@@ -269,7 +275,7 @@ class _Training:
             LOGGER.info("Note: no heat maps of the gates; they need matplotlib: pip install 'mvke_tf[analysis]'")
             images = 0
         monitor = Monitor(
-            run.logs,
+            None if missing_modules("tensorboard") else run.logs,
             self.plain,
             self.parts["validation"],
             groups(self.prepared) if images and self.plain.gates is not None else (),
@@ -484,7 +490,11 @@ def build_optimizer(
 
 
 def _write_best(run: Run, history: History, model: TwoTowerModel) -> None:
-    """Hyperparameters, metrics and item vectors of the best epoch, whose weights `model` has."""
+    """Hyperparameters, metrics and item vectors of the best epoch, whose weights `model` has, for TensorBoard."""
+    if missing_modules("tensorboard"):
+        return
+    from mvke_tf.training.monitoring.plugins import write_best
+
     best = best_epoch(history)
     metrics = {name: value for name, value in history[best].items() if name.startswith("val_")}
     speed = float(np.median([epoch["examples_per_second"] for epoch in history]))

@@ -28,9 +28,9 @@ from mvke_tf.run import Run
 from mvke_tf.run_folder import best_epoch
 from mvke_tf.training import loop, train_run
 from mvke_tf.training.loop import build_training_model
-from mvke_tf.training.monitoring import Monitor, item_columns, plugins
+from mvke_tf.training.monitoring import Monitor, plugins
 from mvke_tf.training.monitoring.gates import ADVICE
-from mvke_tf.training.monitoring.plugins import hyperparameters, shown_items
+from mvke_tf.training.monitoring.plugins import hyperparameters, item_columns, shown_items
 from tests.models.problems import CONFIG, ITEMS, ROWS, SCHEMA, USERS, labels, randomize
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,6 @@ metrics have: `epoch_<name>`. TensorBoard sorts by name, so that they come first
 """
 
 from mvke_tf.training.monitoring.callback import Monitor
-from mvke_tf.training.monitoring.events import EventFolder
-from mvke_tf.training.monitoring.plugins import item_columns, write_best
 from mvke_tf.training.monitoring.tracking import MlflowLogger
 
-__all__ = ["EventFolder", "MlflowLogger", "Monitor", "item_columns", "write_best"]
+__all__ = ["MlflowLogger", "Monitor"]

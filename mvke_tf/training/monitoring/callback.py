@@ -8,9 +8,9 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import keras
-from tensorboard.plugins.text.summary_v2 import text_pb
 
 from mvke_tf.data.batches import Interactions
 from mvke_tf.data.groups import Grouping
@@ -19,8 +19,10 @@ from mvke_tf.inference.gates import GateUse, GateView, Thresholds
 from mvke_tf.io import atomic_write
 from mvke_tf.losses import uncertainty_weight
 from mvke_tf.models import TwoTowerModel
-from mvke_tf.training.monitoring.events import EventFolder
 from mvke_tf.training.monitoring.gates import MOST_ENTITIES, gate_events, heat_map
+
+if TYPE_CHECKING:
+    from mvke_tf.training.monitoring.events import EventFolder
 
 LOGGER = logging.getLogger(__name__)
 # Columns of the log that are about the training itself, and not about what the model has learned.
@@ -34,7 +36,7 @@ class Monitor(keras.callbacks.Callback):
     disk; a training that goes on at an epoch replaces what an interrupted one left of it. Call `close` at the end.
 
     Args:
-        folder: The TensorBoard folder of one run.
+        folder: The TensorBoard folder of one run; without one there are no curves, only warnings.
         model: The two-tower model that is trained, which shares its weights with the model that `fit` is called on.
         data: Interactions on which the gates are looked at; without them, or without gates, there is nothing about
             gates.
@@ -47,7 +49,7 @@ class Monitor(keras.callbacks.Callback):
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         model: TwoTowerModel,
         data: Interactions | None = None,
         groups: Sequence[Grouping] = (),
@@ -57,19 +59,20 @@ class Monitor(keras.callbacks.Callback):
         known: Sequence[tuple[str, int | None]] | None = None,
     ) -> None:
         super().__init__()
-        self.folder, self.best = Path(folder), Path(folder) / "best"
+        self.folder = None if folder is None else Path(folder)
         self.images_epochs, self.warnings_file = images_epochs, warnings_file
         self._trained, self._thresholds = model, thresholds
         self._gates = None
         if data is not None and model.gate_side is not None:
             self._gates = GateView(model, data, groups, MOST_ENTITIES[model.gate_side])
+        self._started = False
         self._folders: dict[str, EventFolder] = {}
         self._known: set[tuple[str, int | None]] | None = None if known is None else set(known)
         self._warnings: list[str] = []
         self._learning_rate = float("nan")
 
     def on_epoch_begin(self, epoch, logs=None):
-        if not self._folders:
+        if not self._started:
             self._start(epoch)
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         # Now, because at the end it is that of the next epoch.
@@ -77,10 +80,14 @@ class Monitor(keras.callbacks.Callback):
 
     def _start(self, epoch: int) -> None:
         warnings = self._read_warnings(epoch)
-        self._folders = {name: EventFolder(self.folder / name, epoch) for name in ("train", "validation")}
-        if self.best.exists():
-            # Of a training that ended earlier.
-            shutil.rmtree(self.best)
+        self._started = True
+        if self.folder is not None:
+            from mvke_tf.training.monitoring.events import EventFolder
+
+            self._folders = {name: EventFolder(self.folder / name, epoch) for name in ("train", "validation")}
+            if (self.folder / "best").exists():
+                # Of a training that ended earlier.
+                shutil.rmtree(self.folder / "best")
         if warnings is not None:
             self._write_warnings(warnings)
         if self._known is None:
@@ -118,6 +125,23 @@ class Monitor(keras.callbacks.Callback):
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def on_epoch_end(self, epoch, logs=None):
+        uses = self._gates.look() if self._gates else {}
+        if self._folders:
+            self._write_curves(logs or {}, uses, epoch)
+        events = gate_events(uses, self._thresholds)
+        new = [text for key, text in events.items() if key not in (self._known or ())]
+        self._known = set(events)
+        if new:
+            self._write_warnings([*self._warnings, *(f"epoch {epoch + 1}: {text}" for text in new)])
+        for text in new:
+            LOGGER.warning("After epoch %d, %s", epoch + 1, text)
+        for folder in self._folders.values():
+            if new and folder is self._folders["validation"]:
+                lines = "\n\n".join(f"After epoch {epoch + 1}, {text}" for text in new)
+                folder.text("gates/warnings", lines, epoch)
+            folder.flush()
+
+    def _write_curves(self, logs: Mapping[str, float], uses: Mapping[str, GateUse], epoch: int) -> None:
         train: dict[str, float] = {}
         validation: dict[str, float] = {}
         for name, value in logs.items():
@@ -132,28 +156,12 @@ class Monitor(keras.callbacks.Callback):
                 weight = uncertainty_weight(value, self._trained.kinds[task])
                 train[f"training/loss_weight_{task}"] = float(weight)
         self._folders["train"].scalars(train, epoch)
-        self._folders["validation"].scalars(validation, epoch)
-        if self._gates:
-            self._write_gates(self._gates, epoch)
-        for folder in self._folders.values():
-            folder.flush()
-
-    def _write_gates(self, gates: GateView, epoch: int) -> None:
-        uses = gates.look()
         folder = self._folders["validation"]
+        folder.scalars(validation, epoch)
         for task, use in uses.items():
             folder.scalars({f"gate_{task}/{name}": value for name, value in use.scalars().items()}, epoch)
-        if self.images_epochs and epoch % self.images_epochs == 0:
-            self._write_images(gates, uses, epoch)
-        events = gate_events(uses, self._thresholds)
-        new = [text for key, text in events.items() if key not in (self._known or ())]
-        self._known = set(events)
-        if not new:
-            return
-        folder.add(text_pb("gates/warnings", "\n\n".join(f"After epoch {epoch + 1}, {text}" for text in new)), epoch)
-        self._write_warnings([*self._warnings, *(f"epoch {epoch + 1}: {text}" for text in new)])
-        for text in new:
-            LOGGER.warning("After epoch %d, %s", epoch + 1, text)
+        if self._gates and self.images_epochs and epoch % self.images_epochs == 0:
+            self._write_images(self._gates, uses, epoch)
 
     def _write_images(self, gates: GateView, uses: Mapping[str, GateUse], epoch: int) -> None:
         for task, use in uses.items():
@@ -165,4 +173,4 @@ class Monitor(keras.callbacks.Callback):
         """Closes the files."""
         for folder in self._folders.values():
             folder.close()
-        self._folders = {}
+        self._folders, self._started = {}, False

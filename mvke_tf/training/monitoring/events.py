@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
@@ -36,6 +37,10 @@ class EventFolder:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Appends a point to each of several curves."""
         self.add(Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]), step)
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """Appends a text."""
+        self.add(text_pb(tag, markdown), step)
 
     def image(self, tag: str, png: bytes, step: int) -> None:
         """Appends a picture."""
