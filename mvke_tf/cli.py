@@ -7,6 +7,7 @@ Imports nothing heavy before a command line has proved right: `--help` and bad a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import io
@@ -123,10 +124,32 @@ def show_log() -> None:
     logger.propagate = False
 
 
-def import_tensorflow() -> None:
-    """Imports TensorFlow without its start-up messages, which no environment variable silences.
+@contextlib.contextmanager
+def _hidden(*modules: str) -> Iterator[None]:
+    """Meanwhile modules that have not been imported cannot be."""
+    hidden = [module for module in modules if module not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for module in hidden:
+            del sys.modules[module]
 
-    What is written to file descriptor 2 meanwhile is shown only if the import fails.
+
+def _backend() -> str:
+    """The backend that Keras would choose, without importing it."""
+    file = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "keras.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return os.environ.get("KERAS_BACKEND") or str(json.loads(file.read_text(encoding="utf-8"))["backend"])
+    return "tensorflow"
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow and Keras without start-up messages, which no environment variable silences.
+
+    What is written to file descriptor 2 meanwhile is shown only if the import fails. TensorFlow's converter of JAX
+    functions, and what Keras offers for scikit-learn, matplotlib and pandas, are left out: no command uses them,
+    and they take a third of the time.
     """
     if "tensorflow" in sys.modules:
         return
@@ -135,7 +158,9 @@ def import_tensorflow() -> None:
         kept = os.dup(2)
         try:
             os.dup2(hidden.fileno(), 2)
-            import tensorflow as tf
+            converted = ("jax",) if _backend() == "tensorflow" else ()
+            with _hidden("matplotlib", "pandas", "sklearn", *converted):
+                import tensorflow as tf
 
             # The first look at the devices writes too.
             tf.config.list_physical_devices()
@@ -146,6 +171,15 @@ def import_tensorflow() -> None:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+def import_backend() -> None:
+    """Imports Keras with its backend, and TensorFlow only if it is that."""
+    if _backend() == "tensorflow":
+        import_tensorflow()
+    else:
+        with _hidden("matplotlib", "pandas", "sklearn"):
+            import keras  # noqa: F401
 
 
 def positive_int(text: str) -> int:
@@ -457,7 +491,7 @@ def _check_train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 def _train(args: argparse.Namespace) -> None:
     """Trains a model, or continues an interrupted training."""
     config = None if args.resume else read_settings(args, args.config)
-    import_tensorflow()
+    import_backend()
     from mvke_tf.run import Run
     from mvke_tf.training import train, train_run
 
@@ -586,12 +620,16 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     """Measures the best checkpoint of a run: a table, a report and pictures."""
-    import_tensorflow()
+    import_backend()
     from mvke_tf.evaluation import evaluate_run, results_table
 
     run = _open(args)
-    report = evaluate_run(run, args.split, args.batch_size, args.calibrated)
-    print(f"\n{results_table(report, args.split)}\n\n{run.contents()}")
+
+    def show(report: Any) -> None:
+        print(f"\n{results_table(report, args.split)}\n", flush=True)
+
+    evaluate_run(run, args.split, args.batch_size, args.calibrated, show)
+    print(run.contents())
     _say_next(("analyze", run.folder), _export_or_serve(run.folder))
 
 
@@ -606,7 +644,7 @@ def _calibrate_options(parser: argparse.ArgumentParser) -> None:
 
 def _calibrate(args: argparse.Namespace) -> None:
     """Calibrates the binary tasks of a run on its validation part; exports and profiles are calibrated from then on."""
-    import_tensorflow()
+    import_backend()
     require_extra("train", "scipy", "sklearn")
     from mvke_tf.evaluation import calibrate_run, calibration_table
 
@@ -633,7 +671,7 @@ def _analyze_options(parser: argparse.ArgumentParser) -> None:
 def _analyze(args: argparse.Namespace) -> None:
     """Says what the experts of a run learned: tables, pictures, a diagnosis and one page."""
     require_extra("analysis", "matplotlib", "pandas", "sklearn", "tqdm")
-    import_tensorflow()
+    import_backend()
     from mvke_tf.analysis import analyze_run
 
     run = _open(args)
@@ -947,7 +985,7 @@ def _compare(args: argparse.Namespace) -> None:
     require_extra("compare", "matplotlib", "pandas", "scipy", "sklearn", "tqdm")
     files = dict(args.configs)
     configs = {model: read_settings(args, files.get(model, args.config)) for model in dict.fromkeys(args.models)}
-    import_tensorflow()
+    import_backend()
     from mvke_tf.experiments.compare import Comparison
 
     _expect_many_models()
@@ -983,7 +1021,7 @@ def _tune(args: argparse.Namespace) -> None:
     require_extra("tune", "keras_tuner", "pandas", "tqdm")
     config = read_settings(args, args.config)
     fixed = [name for name, option in _SEARCHED.items() if getattr(args, option) is not None]
-    import_tensorflow()
+    import_backend()
     from mvke_tf.experiments.runs import configs_of_runs
     from mvke_tf.experiments.tune import tune
 

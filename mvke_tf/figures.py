@@ -16,10 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.metrics import roc_curve
 
 from mvke_tf.io import atomic_write
-from mvke_tf.metrics import auc, calibration_error, value_bins
+from mvke_tf.metrics import auc, calibration_error, roc_curve, value_bins
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 # Of the colours of Okabe and Ito, which everybody can tell apart.
@@ -54,8 +53,8 @@ def roc_figure(curves: Curves, part: str) -> Figure:
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=(0, (1, 3)), label="chance, AUC 0.5000")
     for (name, curve), style in zip(curves.items(), line_styles(), strict=False):
         label = f"{name}, AUC {_number(areas[name])}, {len(curve[0]):,} rows"
-        x, y = roc_curve(*curve)[:2] if np.isfinite(areas[name]) else ([], [])
-        axes.plot(x, y, label=label, markevery=0.1, **style)
+        corners = roc_curve(*curve) if np.isfinite(areas[name]) else (np.empty(0), np.empty(0))
+        axes.plot(*corners, label=label, markevery=0.1, **style)
     axes.set_xlabel("False positive rate")
     axes.set_ylabel("True positive rate")
     axes.legend(loc="lower right")

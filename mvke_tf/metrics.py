@@ -25,6 +25,25 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     return gauc(labels, scores, np.zeros(len(labels), np.int8))
 
 
+def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The corners of the ROC curve, without points on the straight line between their neighbours.
+
+    Args:
+        labels: `(n,)`, 0 and 1, both.
+        scores: `(n,)`.
+
+    Returns:
+        False and true positive rates, each `(c,)`, from (0, 0) to (1, 1).
+    """
+    _, level = np.unique(-np.asarray(scores), return_inverse=True)
+    positive = np.bincount(level, weights=labels).cumsum()
+    negative = np.bincount(level).cumsum() - positive
+    x, y = (np.concatenate([[0], counts / counts[-1]]) for counts in (negative, positive))
+    turns = np.diff(x[:-1]) * np.diff(y)[1:] != np.diff(x)[1:] * np.diff(y[:-1])
+    kept = np.concatenate([[True], turns, [True]])
+    return x[kept], y[kept]
+
+
 def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float:
     """AUC within each group, averaged with the groups' numbers of rows as weights.
 

@@ -16,6 +16,7 @@ from mvke_tf.metrics import (
     multiclass_metrics,
     poisson_deviance,
     regression_metrics,
+    roc_curve,
     value_bins,
 )
 
@@ -74,6 +75,10 @@ def test_metrics_equal_those_of_scikit_learn(seed):
     assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-13)
     expected = sklearn_metrics.log_loss(labels, scores.astype(np.float64))
     assert log_loss(labels, scores) == pytest.approx(expected, rel=1e-12)
+    x, y = roc_curve(labels, scores)
+    every = sklearn_metrics.roc_curve(labels, scores, drop_intermediate=False)
+    assert set(zip(x, y, strict=True)) < set(zip(*every[:2], strict=True))
+    assert np.trapezoid(y, x) == pytest.approx(roc_auc_score(labels, scores), abs=1e-13)
     counts, rates = random.poisson(0.7, 3000), random.gamma(1.0, 1.0, 3000) + 1e-3
     expected = sklearn_metrics.mean_poisson_deviance(counts, rates)
     assert poisson_deviance(counts, rates) == pytest.approx(expected, rel=1e-12)

@@ -9,7 +9,7 @@ rows of users that training knows and of users it has never seen stand apart as 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,7 +55,13 @@ def evaluate_model(model: TwoTowerModel, prepared: PreparedDataset, part: str, b
     return _report(outcomes_of(model, prepared, part, batch_size), prepared, part)
 
 
-def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS, calibrated: bool = False) -> Report:
+def evaluate_run(
+    run: Run,
+    part: str = "test",
+    batch_size: int = TILE_ROWS,
+    calibrated: bool = False,
+    show: Callable[[Report], object] | None = None,
+) -> Report:
     """Evaluates the best checkpoint of a run, and writes its report, metrics by group, and pictures.
 
     Splits of other parts that are in the report already stay. The pictures are `<part>_roc.png` and
@@ -68,6 +74,7 @@ def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS, cali
         part: `"train"`, `"validation"` or `"test"`.
         batch_size: Rows per step; without influence on the result, but for its last digits.
         calibrated: Whether binary predictions are those that an export gives after `calibrate_run`.
+        show: Called with the report before the pictures are drawn, which takes longer.
 
     Returns:
         The whole report, as in `run.report_file`.
@@ -87,7 +94,9 @@ def evaluate_run(run: Run, part: str = "test", batch_size: int = TILE_ROWS, cali
     logger.info("Evaluating %s on %s rows of the %s part ...", run.checkpoint, f"{rows:,}", part)
     found = outcomes_of(model, prepared, part, batch_size)
     merged |= _report(found, prepared, part)
-    if missing := missing_modules("matplotlib", "pandas", "sklearn"):
+    if show is not None:
+        show(merged)
+    if missing := missing_modules("matplotlib", "pandas"):
         needed = f"{', '.join(missing)}: pip install 'mvke_tf[analysis]'"
         logger.info("Note: pictures and metrics by group are left out; they need %s", needed)
     else:

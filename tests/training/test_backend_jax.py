@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers, models, training and recorded numbers under JAX, where several hosts train through `keras.distribution`."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,6 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.golden import FOLDER
-from tests.small import small_prepared
 
 # Two of `test_row_sparse.py`; every other test of a training step would cost one more compilation.
 ROW_SPARSE = (
@@ -47,7 +47,7 @@ def test_layers_models_and_training_under_jax(tmp_path):
     )
 
 
-# Trains from a folder where nobody can import TensorFlow.
+# Runs command lines where nobody can import TensorFlow.
 WITHOUT_TENSORFLOW = """
 import sys
 
@@ -57,28 +57,40 @@ class Blocked:
             raise ImportError("TensorFlow is not to be used.")
 
 sys.meta_path.insert(0, Blocked())
-from pathlib import Path
-from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
-from mvke_tf.data.store import PreparedDataset
-from mvke_tf.training import train
+from mvke_tf.cli import main
 
-model = ModelConfig("hard_sharing", ("click",), embedding_dim=2, hidden_dims=(2,))
-training = TrainingConfig(epochs=1, batch_size=48, monitor_images_epochs=0)
-result = train(PreparedDataset.load(Path(sys.argv[1])), RunConfig(model, training), "run", Path(sys.argv[2]))
-assert "tensorflow" not in sys.modules
-print("loss", result.history[0]["loss"])
+for line in sys.argv[1:]:
+    try:
+        main(line.split())
+    except SystemExit as ended:
+        print("status", ended.code, line.partition(" ")[0])
+assert "tensorflow" not in sys.modules and "jax" in sys.modules
 """
 
 
-def test_training_under_jax_needs_no_tensorflow(tmp_path):
-    small_prepared().save(tmp_path / "prepared")
-    completed = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TENSORFLOW, tmp_path / "prepared", tmp_path / "runs"],
-        cwd=REPOSITORY,
-        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert completed.returncode == 0, completed.stderr
-    assert 0 < float(completed.stdout.split("loss")[-1]) < 1
+def test_training_and_evaluation_under_jax_need_no_tensorflow(tmp_path):
+    rows = [f"u{row % 40},i{row % 23},{row},{row % 7},{int(row % 7 > 3 or row % 5 == 0)}" for row in range(600)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,ts,age,click", *rows]) + "\n")
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+    def run(*arguments, **more):
+        completed = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env={**environment, **more}, capture_output=True, text=True
+        )
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout
+
+    # The raw values are encoded by the graph that the export has.
+    run("-m", "mvke_tf", "init", "log.csv")
+    run("-m", "mvke_tf", "prepare", "--data", "log.toml")
+    train = "train --data log.toml --run_name mine --epochs 1 --embedding_dim 2 --hidden_dims 2 --num_virtual_kernels 2"
+    said = run("-c", WITHOUT_TENSORFLOW, train, "evaluate runs/mine", KERAS_BACKEND="jax")
+    assert re.findall(r"^status (\d) (\w+)$", said, re.M) == [("0", "train"), ("0", "evaluate")]
+    report = tmp_path / "runs" / "mine" / "report.json"
+    under_jax = json.loads(report.read_text())["test"]["click"]
+    run("-m", "mvke_tf", "evaluate", "runs/mine")
+    under_tensorflow = json.loads(report.read_text())["test"]["click"]
+    # A pair of nearly equal scores may change its order.
+    assert under_jax["auc"] == pytest.approx(under_tensorflow["auc"], abs=0.002)
+    assert under_jax["log_loss"] == pytest.approx(under_tensorflow["log_loss"], rel=1e-5)
+    assert 0 < under_jax["auc"] < 1
