@@ -11,7 +11,7 @@
 # make lint         ruff and mypy; `make format` mends what ruff can
 # make setup        the virtual environment .venv; PYTHON=python3.12 chooses the interpreter, LOCK=1 the versions of requirements.lock
 # make lock         requirements.lock anew: one version and its hashes of everything, for CPU and Python 3.11 to 3.13
-# make audit        pip-audit: known vulnerabilities of what requirements.lock names (needs the internet)
+# make audit        pip-audit: known vulnerabilities of what requirements.lock names, as `make test` does
 # make clean        remove .venv
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -69,8 +69,7 @@ lock: setup
 		--no-header --no-annotate --extra dev pyproject.toml requirements-cpu.txt --output-file requirements.lock
 
 audit: setup
-	$(PY) -m pip install --quiet pip-audit
-	$(VENV)/bin/pip-audit --require-hashes --disable-pip --requirement requirements.lock
+	@VENV=$(VENV) .ci/audit
 
 format: setup
 	$(VENV)/bin/ruff check --fix .
@@ -79,7 +78,7 @@ format: setup
 # In the order of tests/conftest.py: the longest files first.
 PYTEST := $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-test: lint browser
+test: lint audit browser
 	$(PYTEST)
 
 check: lint
