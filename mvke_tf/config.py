@@ -28,6 +28,7 @@ OPTIMIZERS = ("adam", "adamw")
 # How the losses of the tasks are weighed; the last three balance losses or gradients in every step.
 LOSS_WEIGHTINGS = ("fixed", "uncertainty", "famo", "pcgrad", "gradnorm")
 BALANCED = LOSS_WEIGHTINGS[2:]
+COUNTERFACTUALS = ("none", "ips", "dr")
 EMBEDDING_OPTIMIZERS = ("same", "lazy_adam", "rowwise_adagrad")
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 MODEL_NAMES = ("mvke", "mmoe", "cgc", "ple", "stem", "aitm", "resflow", "shared_bottom", "hard_sharing", "single_task")
@@ -40,6 +41,7 @@ CHOICES = {
     ("training", "optimizer"): OPTIMIZERS,
     ("training", "embedding_optimizer"): EMBEDDING_OPTIMIZERS,
     ("training", "loss_weighting"): LOSS_WEIGHTINGS,
+    ("training", "counterfactual"): COUNTERFACTUALS,
     ("training", "precision"): PRECISIONS,
 }
 # Settings that earlier versions called otherwise; files and command lines may still do so.
@@ -307,6 +309,12 @@ class TrainingConfig:
             al., NeurIPS 2020) and `"gradnorm"` (Chen et al., ICML 2018) balance the tasks in every step, see
             `mvke_tf.layers.TaskBalance`.
         task_weights: Weight of the loss of each task, in the order of the tasks; 1 each by default.
+        counterfactual: What is added to the losses of tasks with an event before them and the objective `"joint"`:
+            nothing (`"none"`), or an estimate of the loss that p(task given the event) would have over all rows, by
+            inverse propensity (`"ips"`) or doubly robust (`"dr"`; ESCM², Wang et al., SIGIR 2022), see
+            `mvke_tf.layers.CounterfactualRisk`.
+        counterfactual_weight: What that estimate is multiplied with.
+        max_inverse_propensity: Largest factor by which a row with the event counts more in it.
         precision: `"float32"`, `"mixed_bfloat16"` or `"mixed_float16"` (with loss scaling); weights stay float32.
         xla: Whether XLA compiles the training step (TensorFlow; JAX always does). Needs deterministic to be off.
         steps_per_execution: Batches per call of the compiled training function; more of them save overhead.
@@ -336,6 +344,9 @@ class TrainingConfig:
     gradient_accumulation_steps: int = 1
     loss_weighting: str = "fixed"
     task_weights: tuple[float, ...] = dataclasses.field(default=(), metadata={"entries": float})
+    counterfactual: str = "none"
+    counterfactual_weight: float = 0.5
+    max_inverse_propensity: float = 15.0
     precision: str = "float32"
     xla: bool = False
     steps_per_execution: int = 1
@@ -379,6 +390,15 @@ class TrainingConfig:
             self.loss_weighting == "fixed" or not self.task_weights,
             f"left out where loss_weighting={self.loss_weighting!r} weighs the tasks",
         )
+        _check(self, "counterfactual", self.counterfactual in COUNTERFACTUALS, f"one of {COUNTERFACTUALS}")
+        _check(
+            self,
+            "counterfactual",
+            self.counterfactual == "none" or self.loss_weighting not in BALANCED,
+            f"none with loss_weighting={self.loss_weighting!r}, which balances the losses of the tasks alone",
+        )
+        _check(self, "counterfactual_weight", self.counterfactual_weight > 0, "positive")
+        _check(self, "max_inverse_propensity", self.max_inverse_propensity >= 1, "1 or more")
         _check(
             self,
             "precision",

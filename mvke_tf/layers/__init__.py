@@ -2,6 +2,7 @@
 """Keras layers of the multi-task models, in `keras.ops` only."""
 
 from mvke_tf.layers.calibration import CalibratedLogit, LogitMap
+from mvke_tf.layers.counterfactual import CounterfactualRisk
 from mvke_tf.layers.embedding import FieldEmbedding, ReplaceByUnknown, SliceFields, StackFields
 from mvke_tf.layers.experts import ConvolutionalExpert, Experts, SelectExperts
 from mvke_tf.layers.gates import (
@@ -24,6 +25,7 @@ __all__ = [
     "ClassHead",
     "ConvolutionalExpert",
     "CountHead",
+    "CounterfactualRisk",
     "ExpertGate",
     "Experts",
     "FieldEmbedding",

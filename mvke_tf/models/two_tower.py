@@ -22,6 +22,7 @@ from mvke_tf.config import ModelConfig, index_range
 from mvke_tf.errors import ConfigError
 from mvke_tf.layers import (
     ClassHead,
+    CounterfactualRisk,
     CountHead,
     Experts,
     FieldEmbedding,
@@ -289,7 +290,12 @@ class TwoTowerModel(MultiTaskModel):
 
     # === Training ===
 
-    def training_model(self, deduplicate: bool = True, conditional: bool | None = None) -> MultiTaskModel:
+    def training_model(
+        self,
+        deduplicate: bool = True,
+        conditional: bool | None = None,
+        risk: Callable[[str, str], CounterfactualRisk] | None = None,
+    ) -> MultiTaskModel:
         """A model to compile and train, which shares its weights with this one, to be saved uncompiled.
 
         With `deduplicate` it takes the features of U distinct users and I distinct items, and two more inputs,
@@ -300,6 +306,8 @@ class TwoTowerModel(MultiTaskModel):
             deduplicate: Whether it takes batches of distinct users and items.
             conditional: Whether the tasks in `given` put out their logit given the event before, to learn from the rows
                 with that event only. By default those do whose objective is `"conditional"`.
+            risk: Makes the `CounterfactualRisk` of a task from its name and that of the event before it, for all tasks
+                that put out the joint logit.
         """
         if conditional is None:
             chosen = tuple(task.name for task in self.schema_tasks if task.objective == "conditional")
@@ -316,9 +324,15 @@ class TwoTowerModel(MultiTaskModel):
                 task: self._dots[task].output if task in chosen else head.output for task, head in self._heads.items()
             }
             inputs = self.input
+        risks: dict[str, Any] = {}
+        if risk is not None:
+            for task, given in self.given.items():
+                if task not in chosen:
+                    layer, (first, logit) = risk(task, given), source(outputs[task])[1]
+                    risks[layer.name] = layer(first, logit, *source(logit)[1])
         if self.log_variances is not None:
             outputs = self.log_variances(outputs)
-        return MultiTaskModel(inputs, outputs, name=f"{self.name}_training")
+        return MultiTaskModel(inputs, {**outputs, **risks}, name=f"{self.name}_training")
 
 
 def _gathered(vectors: Vectors, rows: Any, side: str) -> Vectors:

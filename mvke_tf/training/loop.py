@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mvke_tf.data.groups import groups
 from mvke_tf.data.preparation import prepared_dataset
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError, DataError, RunError, missing_modules, require_extra
+from mvke_tf.layers import CounterfactualRisk
 from mvke_tf.losses import task_losses
 from mvke_tf.models import TwoTowerModel, build_model, check_model, unread_settings, with_uncertainty
 from mvke_tf.run import Run
@@ -370,7 +371,8 @@ def build_training_model(config: RunConfig, schema: Schema, steps_per_epoch: int
         plain = build_model(config.model.name, schema, config.model)
         if config.training.loss_weighting == "uncertainty":
             plain = with_uncertainty(plain)
-        model, tables = plain.training_model(config.training.deduplicate), list[str]()
+        risk = _risk(config.training, plain)
+        model, tables = plain.training_model(config.training.deduplicate, risk=risk), list[str]()
         if config.training.loss_weighting in BALANCED:
             _check_balanced(config.training.loss_weighting, plain.kinds)
             model = balanced(model, config.training.loss_weighting, config.training.seed)
@@ -378,6 +380,29 @@ def build_training_model(config: RunConfig, schema: Schema, steps_per_epoch: int
             model, tables = row_sparse(model, schema)
         compile_model(model, plain.kinds, config.training, steps_per_epoch, loss_weights(config, schema), tables)
     return plain, model
+
+
+def _risk(config: TrainingConfig, plain: TwoTowerModel) -> Callable[[str, str], CounterfactualRisk] | None:
+    """What makes the layer of a task's counterfactual risk, if one is wanted.
+
+    Raises:
+        ConfigError: If no task has one.
+    """
+    if config.counterfactual == "none":
+        return None
+    if not any(task.given and task.objective == "joint" for task in plain.schema_tasks):
+        raise ConfigError(
+            f"counterfactual={config.counterfactual!r} needs a task with an event before it (`given`) and the "
+            f"objective 'joint'. Received: the tasks {list(plain.task_names)} without one"
+        )
+
+    def make(task: str, given: str) -> CounterfactualRisk:
+        return CounterfactualRisk(
+            *(task, given, config.counterfactual, config.counterfactual_weight, config.max_inverse_propensity),
+            name=f"counterfactual_{task}",
+        )
+
+    return make
 
 
 def _check_balanced(method: str, kinds: dict[str, str]) -> None:
