@@ -315,6 +315,9 @@ class TrainingConfig:
             `mvke_tf.layers.CounterfactualRisk`.
         counterfactual_weight: What that estimate is multiplied with.
         max_inverse_propensity: Largest factor by which a row with the event counts more in it.
+        in_batch_weight: What is multiplied with, and added to the losses, how unlikely a softmax over the items of the
+            batch makes the positive ones, of each binary task without an event before it; with logQ correction (Yi et
+            al., RecSys 2019), see `mvke_tf.layers.InBatchSoftmax`. For retrieval; 0 adds nothing.
         precision: `"float32"`, `"mixed_bfloat16"` or `"mixed_float16"` (with loss scaling); weights stay float32.
         xla: Whether XLA compiles the training step (TensorFlow; JAX always does). Needs deterministic to be off.
         steps_per_execution: Batches per call of the compiled training function; more of them save overhead.
@@ -347,6 +350,7 @@ class TrainingConfig:
     counterfactual: str = "none"
     counterfactual_weight: float = 0.5
     max_inverse_propensity: float = 15.0
+    in_batch_weight: float = 0.0
     precision: str = "float32"
     xla: bool = False
     steps_per_execution: int = 1
@@ -396,6 +400,13 @@ class TrainingConfig:
             "counterfactual",
             self.counterfactual == "none" or self.loss_weighting not in BALANCED,
             f"none with loss_weighting={self.loss_weighting!r}, which balances the losses of the tasks alone",
+        )
+        _check(self, "in_batch_weight", self.in_batch_weight >= 0, "0 or more")
+        _check(
+            self,
+            "in_batch_weight",
+            not self.in_batch_weight or self.loss_weighting not in BALANCED,
+            f"0 with loss_weighting={self.loss_weighting!r}, which balances the losses of the tasks alone",
         )
         _check(self, "counterfactual_weight", self.counterfactual_weight > 0, "positive")
         _check(self, "max_inverse_propensity", self.max_inverse_propensity >= 1, "1 or more")

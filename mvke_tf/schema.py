@@ -17,6 +17,8 @@ WEIGHTS_SUFFIX = "_weights"
 SUMMARY_SUFFIX = "_summary"
 # Inputs of a batch of distinct entities: which user and which item each pair consists of.
 USER_ROWS, ITEM_ROWS = "user_rows", "item_rows"
+# Of each item of a training batch the logarithm of its share of the rows, and its number.
+ITEM_SAMPLING = "item_sampling"
 # The field of an item side without features: one index for every row.
 CONSTANT_ITEM = "constant_item"
 

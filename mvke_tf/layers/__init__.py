@@ -15,6 +15,7 @@ from mvke_tf.layers.gates import (
     VirtualKernelGate,
 )
 from mvke_tf.layers.heads import ClassHead, CountHead, GatherRows, JointLogit, RegressionHead, RowDot
+from mvke_tf.layers.in_batch import InBatchSoftmax
 from mvke_tf.layers.task_balance import TaskBalance
 from mvke_tf.layers.task_uncertainty import TaskUncertainty
 from mvke_tf.layers.virtual_kernels import VirtualKernelAttention, VirtualKernels
@@ -32,6 +33,7 @@ __all__ = [
     "GateSoftmax",
     "GatedTag",
     "GatherRows",
+    "InBatchSoftmax",
     "JointLogit",
     "LogitMap",
     "MixExperts",

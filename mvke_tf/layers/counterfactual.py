@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -39,7 +40,7 @@ class CounterfactualRisk(keras.layers.Layer):
         user, item: The vectors whose product these are, `(B, W)`.
 
     Returns:
-        What `risk` reads: cut off 1 / p, conditional logits, and for `"dr"` ê; `(B, 2)` or `(B, 3)`.
+        What `added_loss` reads: cut off 1 / p, conditional logits, and for `"dr"` ê; `(B, 2)` or `(B, 3)`.
 
     Raises:
         ValueError: If the method is another one.
@@ -84,29 +85,28 @@ class CounterfactualRisk(keras.layers.Layer):
     def compute_output_shape(self, propensity_shape, conditional_shape, user_shape, item_shape):
         return (propensity_shape[0], 2 if self.method == "ips" else 3)
 
-    def risk(self, labels: Any, events: Any, values: Any, weights: Any = None) -> Any:
+    def added_loss(self, labels: Mapping[str, Any], values: Any, weights: Mapping[str, Any] | None = None) -> Any:
         """The risk of a batch, in nats (of `"dr"`, with a squared error), a scalar.
 
         Args:
-            labels: `(B, 1)` or `(B,)`, 0 or 1; not read where the event did not happen.
-            events: Labels of the event before, of the same size.
+            labels: `{task: (B, 1)}`, 0 or 1; that of the task is not read where the event before did not happen.
             values: What `call` returned.
-            weights: Weights of the rows in the mean; 1 each by default.
+            weights: Weights of the rows in the mean, `{task: (B,) or (B, 1)}`; 1 each by default.
         """
-        labels, events = (ops.reshape(ops.cast(each, "float32"), (-1,)) for each in (labels, events))
+        label, event = (ops.reshape(ops.cast(labels[task], "float32"), (-1,)) for task in (self.task, self.given))
         inverse, logits = values[:, 0], values[:, 1]
-        error = ops.softplus(logits) - labels * logits
-        seen = events * inverse
+        error = ops.softplus(logits) - label * logits
+        seen = event * inverse
         if self.method == "ips":
             rows = seen * error
         else:
             imputed = values[:, 2]
             rows = imputed + seen * (error - imputed) + seen * ops.square(error - imputed)
-        if weights is None:
+        if weights is None or self.task not in weights:
             return ops.mean(rows)
-        weights = ops.reshape(ops.cast(weights, "float32"), (-1,))
-        total = ops.sum(weights)
-        return ops.sum(weights * rows) / ops.where(total > 0, total, 1.0)
+        counted = ops.reshape(ops.cast(weights[self.task], "float32"), (-1,))
+        total = ops.sum(counted)
+        return ops.sum(counted * rows) / ops.where(total > 0, total, 1.0)
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from mvke_tf.layers import CounterfactualRisk, TaskUncertainty
+from mvke_tf.layers import CounterfactualRisk, InBatchSoftmax, TaskUncertainty
 from mvke_tf.losses import uncertainty_weight
 
 
@@ -41,7 +41,8 @@ class MultiTaskModel(keras.Model):
         exp(-s) L + s / 2        for every other
 
     with the loss L and the trained log-variance s of each task (it may become negative), plus what layers add; the
-    losses per task that `fit` reports are the L. A `CounterfactualRisk` adds its risk to either.
+    losses per task that `fit` reports are the L. A `CounterfactualRisk` or
+    an `InBatchSoftmax` adds to either.
 
     The parts of a model (towers, gates, experts) are models that share its weights. They are found in its graph when
     they are first asked for, so that a file need not keep them.
@@ -80,18 +81,17 @@ class MultiTaskModel(keras.Model):
         self.optimizer.build(self.trainable_variables)
 
     @property
-    def counterfactual_risks(self) -> list[CounterfactualRisk]:
-        """The layers whose risks are added to the losses; each has an output of its name besides those of the tasks."""
-        return [layer for layer in self.layers if isinstance(layer, CounterfactualRisk)]
+    def added_losses(self) -> list[CounterfactualRisk | InBatchSoftmax]:
+        """The layers that add to the losses of the tasks; each has an output of its name besides those of the tasks."""
+        return [layer for layer in self.layers if isinstance(layer, (CounterfactualRisk, InBatchSoftmax))]
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        risks = self.counterfactual_risks
-        if risks:
+        added = self.added_losses
+        if added:
             every, y_pred, y = y_pred, {task: y_pred[task] for task in self.loss}, {task: y[task] for task in self.loss}
         total = super().compute_loss(x, y, y_pred, sample_weight, training)
-        for layer in risks:
-            weights = (sample_weight or {}).get(layer.task)
-            total = total + layer.weight * layer.risk(y[layer.task], y[layer.given], every[layer.name], weights)
+        for layer in added:
+            total = total + layer.weight * layer.added_loss(y, every[layer.name], sample_weight)
         if self.log_variances is None:
             return total
         for index, task in enumerate(self.log_variances.tasks):

@@ -28,6 +28,7 @@ from mvke_tf.layers import (
     FieldEmbedding,
     GatedTag,
     GatherRows,
+    InBatchSoftmax,
     JointLogit,
     LogitMap,
     MixExperts,
@@ -41,7 +42,7 @@ from mvke_tf.layers import (
     VirtualKernels,
 )
 from mvke_tf.models.multi_task import Mixture, MultiTaskModel, source
-from mvke_tf.schema import ITEM_ROWS, USER_ROWS, WEIGHTS_SUFFIX, Feature, Schema, Task
+from mvke_tf.schema import ITEM_ROWS, ITEM_SAMPLING, USER_ROWS, WEIGHTS_SUFFIX, Feature, Schema, Task
 
 Vectors = dict[str, Any]
 Towers = Callable[[Any, Any, Sequence[Task], ModelConfig], tuple[Vectors, Vectors]]
@@ -295,6 +296,7 @@ class TwoTowerModel(MultiTaskModel):
         deduplicate: bool = True,
         conditional: bool | None = None,
         risk: Callable[[str, str], CounterfactualRisk] | None = None,
+        softmax: Callable[[str], InBatchSoftmax] | None = None,
     ) -> MultiTaskModel:
         """A model to compile and train, which shares its weights with this one, to be saved uncompiled.
 
@@ -308,31 +310,42 @@ class TwoTowerModel(MultiTaskModel):
                 with that event only. By default those do whose objective is `"conditional"`.
             risk: Makes the `CounterfactualRisk` of a task from its name and that of the event before it, for all tasks
                 that put out the joint logit.
+            softmax: Makes the `InBatchSoftmax` of a task from its name, for all binary tasks without an event before
+                them. The model then has one more input, `item_sampling`, with the features of the items.
         """
         if conditional is None:
             chosen = tuple(task.name for task in self.schema_tasks if task.objective == "conditional")
         else:
             chosen = tuple(self.given) if conditional else ()
+        inputs, users, items = dict(self.input), self._vectors("user"), self._vectors("item")
+        if softmax is not None:
+            inputs[ITEM_SAMPLING] = sampling = keras.Input((2,), name=ITEM_SAMPLING)
         if deduplicate:
             rows = {name: keras.Input((), dtype="int32", name=name) for name in (USER_ROWS, ITEM_ROWS)}
-            users = _gathered(self.user_tower.output, rows[USER_ROWS], "user")
-            items = _gathered(self.item_tower.output, rows[ITEM_ROWS], "item")
+            inputs |= rows
+            users = _gathered(users, rows[USER_ROWS], "user")
+            items = _gathered(items, rows[ITEM_ROWS], "item")
+            if softmax is not None:
+                sampling = GatherRows(name=f"item_rows_{ITEM_SAMPLING}")(sampling, rows[ITEM_ROWS])
             outputs = self._through_heads(lambda head, task: head(users[task], items[task]), chosen)
-            inputs = {**self.user_tower.input, **self.item_tower.input, **rows}
         else:
             outputs = {
                 task: self._dots[task].output if task in chosen else head.output for task, head in self._heads.items()
             }
-            inputs = self.input
-        risks: dict[str, Any] = {}
+        added: dict[str, Any] = {}
         if risk is not None:
             for task, given in self.given.items():
                 if task not in chosen:
                     layer, (first, logit) = risk(task, given), source(outputs[task])[1]
-                    risks[layer.name] = layer(first, logit, *source(logit)[1])
+                    added[layer.name] = layer(first, logit, *source(logit)[1])
+        if softmax is not None:
+            for task, kind in self.kinds.items():
+                if kind == "binary" and task not in self.given:
+                    of_task = softmax(task)
+                    added[of_task.name] = of_task(users[task], items[task], sampling)
         if self.log_variances is not None:
             outputs = self.log_variances(outputs)
-        return MultiTaskModel(inputs, {**outputs, **risks}, name=f"{self.name}_training")
+        return MultiTaskModel(inputs, {**outputs, **added}, name=f"{self.name}_training")
 
 
 def _gathered(vectors: Vectors, rows: Any, side: str) -> Vectors:

@@ -24,12 +24,12 @@ from mvke_tf.data.groups import groups
 from mvke_tf.data.preparation import prepared_dataset
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError, DataError, RunError, missing_modules, require_extra
-from mvke_tf.layers import CounterfactualRisk
+from mvke_tf.layers import CounterfactualRisk, InBatchSoftmax
 from mvke_tf.losses import task_losses
 from mvke_tf.models import TwoTowerModel, build_model, check_model, unread_settings, with_uncertainty
 from mvke_tf.run import Run
 from mvke_tf.run_folder import History, best_epoch, is_finished, resume_command
-from mvke_tf.schema import Schema, Task
+from mvke_tf.schema import ITEM_SAMPLING, Schema, Task
 from mvke_tf.training.callbacks import EpochLine, EpochWatch, RunKeeper
 from mvke_tf.training.memory import check_memory, describe_memory, table_memory
 from mvke_tf.training.monitoring import MlflowLogger, Monitor
@@ -231,7 +231,10 @@ class _Training:
         check_memory(table_memory(schema, config))
         parts = {part: prepared.part(part, names, config.model.objective) for part in ("train", "validation")}
         _check_parts(prepared.dataset.name, parts, schema.tasks)
-        batches = Batches(parts["train"], config.training.batch_size, config.training.deduplicate, DISTINCT_MULTIPLE)
+        data = parts["train"]
+        if config.training.in_batch_weight:
+            data = _with_sampling(data, prepared.items.key)
+        batches = Batches(data, config.training.batch_size, config.training.deduplicate, DISTINCT_MULTIPLE)
         plain, model = build_training_model(config, schema, batches.steps)
         return cls(prepared, config, schema, parts, batches, plain, model)
 
@@ -371,8 +374,10 @@ def build_training_model(config: RunConfig, schema: Schema, steps_per_epoch: int
         plain = build_model(config.model.name, schema, config.model)
         if config.training.loss_weighting == "uncertainty":
             plain = with_uncertainty(plain)
-        risk = _risk(config.training, plain)
-        model, tables = plain.training_model(config.training.deduplicate, risk=risk), list[str]()
+        model = plain.training_model(
+            config.training.deduplicate, risk=_risk(config.training, plain), softmax=_softmax(config.training, plain)
+        )
+        tables: list[str] = []
         if config.training.loss_weighting in BALANCED:
             _check_balanced(config.training.loss_weighting, plain.kinds)
             model = balanced(model, config.training.loss_weighting, config.training.seed)
@@ -403,6 +408,32 @@ def _risk(config: TrainingConfig, plain: TwoTowerModel) -> Callable[[str, str], 
         )
 
     return make
+
+
+def _softmax(config: TrainingConfig, plain: TwoTowerModel) -> Callable[[str], InBatchSoftmax] | None:
+    """What makes the layer of a task's softmax over the items of a batch, if one is wanted.
+
+    Raises:
+        ConfigError: If no task has one.
+    """
+    if not config.in_batch_weight:
+        return None
+    if not any(kind == "binary" and task not in plain.given for task, kind in plain.kinds.items()):
+        raise ConfigError(
+            "in_batch_weight needs a binary task without an event before it. Received: the tasks "
+            f"{list(plain.task_names)} without one"
+        )
+    return lambda task: InBatchSoftmax(task, config.in_batch_weight, name=f"in_batch_{task}")
+
+
+def _with_sampling(data: Interactions, key: np.ndarray) -> Interactions:
+    """With what `InBatchSoftmax` reads of each item, whose keys are given by row of the items."""
+    _, number = np.unique(key, return_inverse=True)
+    counts = np.bincount(number[data.item_rows], minlength=number.max() + 1)
+    # Of an item without a training row nothing is read.
+    shares = np.log(np.maximum(counts, 1) / len(data))
+    column = np.stack([shares[number], number], axis=-1).astype(np.float32)
+    return dataclasses.replace(data, items={**data.items, ITEM_SAMPLING: column})
 
 
 def _check_balanced(method: str, kinds: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ VECTORS = {name: RNG.normal(size=(BATCH, 4)).astype("float32") for name in ("use
 EVENTS = np.array([[1], [0], [1], [1], [0], [0]], "float32")
 # Where the event did not happen, any label will do.
 LABELS = np.array([[1], [1], [0], [1], [0], [1]], "float32")
+BY_TASK = {"buy": LABELS, "click": EVENTS}
 WEIGHTS = np.array([1.0, 2.0, 0.5, 0.0, 1.0, 3.0], "float32")
 
 
@@ -26,7 +27,7 @@ def test_layer(method, tmp_path):
     check_layer(layer, [*LOGITS.values(), *VECTORS.values()], weights if method == "dr" else {}, tmp_path)
 
 
-@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("method", ["ips", "dr"])
 def test_risk_by_hand(method, weights):
     layer = CounterfactualRisk("buy", "click", method, most_inverse=2.0)
@@ -45,7 +46,9 @@ def test_risk_by_hand(method, weights):
         assert_close(values[:, 2], imputed)
         left = error - imputed
         rows = imputed + EVENTS[:, 0] * inverse * (left + left**2)
-    assert_close(layer.risk(LABELS, EVENTS, values.astype("float32"), weights), np.average(rows, weights=weights))
+    counted = {"buy": WEIGHTS} if weights else None
+    expected = np.average(rows, weights=WEIGHTS if weights else None)
+    assert_close(layer.added_loss(BY_TASK, values.astype("float32"), counted), expected)
 
 
 @pytest.mark.parametrize("method", ["ips", "dr"])
@@ -58,7 +61,7 @@ def test_the_estimate_is_unbiased_where_the_propensity_is_right(method):
     for happened in (0.0, 1.0):
         for row in range(BATCH):
             event = np.full((BATCH, 1), happened, "float32")
-            risk = float(layer.risk(LABELS[row : row + 1], event[row : row + 1], values[row : row + 1]))
+            risk = float(layer.added_loss({"buy": LABELS[row : row + 1], "click": event[:1]}, values[row : row + 1]))
             if method == "dr":
                 # All but the loss of the imputation, of which the propensity is no part.
                 left = numpy_error(LABELS[row, 0], LOGITS["conditional"][row, 0]) - float(values[row, 2])
@@ -73,7 +76,7 @@ def test_no_gradient_flows_through_the_propensity():
 
     def function(arrays):
         values = layer(**arrays)
-        return layer.risk(LABELS, EVENTS, values), values
+        return layer.added_loss(BY_TASK, values), values
 
     _, _, by_input, by_variable = loss_and_gradients(function, {**LOGITS, **VECTORS}, layer.trainable_variables)
     propensity = by_input["propensity"]
@@ -85,7 +88,7 @@ def test_no_gradient_flows_through_the_propensity():
 
 def test_rows_of_no_weight_cost_nothing():
     layer = CounterfactualRisk("buy", "click")
-    assert float(layer.risk(LABELS, EVENTS, layer(**LOGITS, **VECTORS), np.zeros(BATCH))) == 0.0
+    assert float(layer.added_loss(BY_TASK, layer(**LOGITS, **VECTORS), {"buy": np.zeros(BATCH)})) == 0.0
 
 
 def test_there_are_two_methods():

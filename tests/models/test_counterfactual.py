@@ -35,7 +35,7 @@ def test_the_loss_of_a_step_by_hand(name, method, deduplicate, uncertainty):
     model = plain.training_model(deduplicate, risk=risk)
     model.compile("sgd", loss=task_losses(plain.kinds), jit_compile=JIT_COMPILE)
     (layer,) = layers
-    assert model.counterfactual_risks == [layer] and set(model.output) == {"ctr", "cvr", "risk_cvr"}
+    assert model.added_losses == [layer] and set(model.output) == {"ctr", "cvr", "risk_cvr"}
     inputs = {**USERS, **ITEMS, **ROWS} if deduplicate else PAIRS
     outputs = model(inputs)
     weights = {"ctr": np.ones(7, "float32"), "cvr": np.array([1, 0, 2, 1, 1, 0, 1], "float32")}
@@ -45,7 +45,7 @@ def test_the_loss_of_a_step_by_hand(name, method, deduplicate, uncertainty):
     click, given = plain(PAIRS)["ctr"], plain.conditional(PAIRS)["cvr"]
     assert_close(outputs["risk_cvr"][:, 1:2], given)
     assert_close(outputs["risk_cvr"][:, 0:1], np.minimum(1 + np.exp(-ops.convert_to_numpy(click)), 4.0))
-    expected = 0.25 * float(layer.risk(labels()["cvr"], labels()["ctr"], outputs["risk_cvr"], weights["cvr"]))
+    expected = 0.25 * float(layer.added_loss(labels(), outputs["risk_cvr"], weights))
     assert abs(expected) > 0.05
     assert float(model.compute_loss(inputs, labels(), outputs, weights)) == pytest.approx(without + expected, rel=1e-5)
     # The model that is kept knows nothing of it.
@@ -57,4 +57,4 @@ def test_a_task_that_is_learned_given_its_event_has_no_risk():
     tasks = (Task("ctr"), Task("cvr", given="ctr", objective="conditional"))
     plain = build_model("mvke", Schema(SCHEMA.features, tasks), CONFIG)
     model = plain.training_model(risk=CounterfactualRisk)
-    assert model.counterfactual_risks == [] and set(model.output) == {"ctr", "cvr"}
+    assert model.added_losses == [] and set(model.output) == {"ctr", "cvr"}
