@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import inspect
 import io
 import json
@@ -28,6 +29,7 @@ from typing import Any, NoReturn
 
 from mvke_tf.config import CHOICES, OLD_NAMES, SECTIONS, RunConfig, entry_type, nearest, renamed
 from mvke_tf.errors import ConfigError, MvkeError, RunError, require_extra
+from mvke_tf.io import one_line
 
 LOGGER = logging.getLogger(__name__)
 DEBUG = "MVKE_DEBUG"
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run_main(body: Callable[[], object]) -> NoReturn:
     """Runs the body of a command and ends the process as `main` says."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    _open_streams()
     show_log()
     try:
         body()
@@ -65,14 +68,39 @@ def run_main(body: Callable[[], object]) -> NoReturn:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
             # As a shell reports SIGPIPE.
             sys.exit(141)
-        if os.environ.get(DEBUG) == "1":
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error, str(error))
+    except Exception as error:
+        if not _is_of_files(error):
+            raise
+        _fail(error, f"{one_line(error)}. What was there before is untouched; make room and run this command again.")
     except KeyboardInterrupt as interrupt:
         print(f"\nInterrupted. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _fail(error: Exception, message: str) -> NoReturn:
+    if os.environ.get(DEBUG) == "1":
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _is_of_files(error: Exception) -> bool:
+    """Whether it is TensorFlow's for what would be an `OSError` of Python: it writes files of its own."""
+    mine = type(error).__module__ == "tensorflow.python.framework.errors_impl"
+    numbers = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
+    return mine and any(os.strerror(number) in str(error) for number in numbers)
+
+
+def _open_streams() -> None:
+    """Lets streams that were closed before the start lead nowhere, so that no file of ours takes their place."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest number that is free, which is this one.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def _is_output_closed() -> bool:
@@ -109,6 +137,10 @@ class _CurrentStream(logging.StreamHandler):
         self.stream = getattr(sys, self.stream_name)
         super().emit(record)
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        # A reader that has gone, or a full disk, ends a command as it does where it prints.
+        raise
+
 
 def show_log() -> None:
     """Shows what the package logs: information on stdout, warnings on stderr."""
@@ -139,9 +171,26 @@ def _hidden(*modules: str) -> Iterator[None]:
 def _backend() -> str:
     """The backend that Keras would choose, without importing it."""
     file = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "keras.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return os.environ.get("KERAS_BACKEND") or str(json.loads(file.read_text(encoding="utf-8"))["backend"])
-    return "tensorflow"
+    name = os.environ.get("KERAS_BACKEND")
+    if not name:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            name = str(json.loads(file.read_text(encoding="utf-8"))["backend"])
+    return name or "tensorflow"
+
+
+def check_backend() -> str:
+    """The backend that Keras will choose.
+
+    Raises:
+        ConfigError: If models of this package do not run on it.
+    """
+    name = _backend()
+    if name not in ("tensorflow", "jax"):
+        raise ConfigError(
+            "Keras must run on 'tensorflow' or 'jax': the environment variable KERAS_BACKEND, or `backend` in "
+            f"~/.keras/keras.json. Received: {name!r}"
+        )
+    return name
 
 
 def import_tensorflow() -> None:
@@ -153,12 +202,13 @@ def import_tensorflow() -> None:
     """
     if "tensorflow" in sys.modules:
         return
+    backend = check_backend()
     sys.stderr.flush()
     with tempfile.TemporaryFile() as hidden:
         kept = os.dup(2)
         try:
             os.dup2(hidden.fileno(), 2)
-            converted = ("jax",) if _backend() == "tensorflow" else ()
+            converted = ("jax",) if backend == "tensorflow" else ()
             with _hidden("matplotlib", "pandas", "sklearn", *converted):
                 import tensorflow as tf
 
@@ -175,7 +225,7 @@ def import_tensorflow() -> None:
 
 def import_backend() -> None:
     """Imports Keras with its backend, and TensorFlow only if it is that."""
-    if _backend() == "tensorflow":
+    if check_backend() == "tensorflow":
         import_tensorflow()
     else:
         with _hidden("matplotlib", "pandas", "sklearn"):

@@ -30,6 +30,13 @@ _EARLIER = ".earlier"
 MOST_JSON_BYTES = 2**26
 
 
+def one_line(error: BaseException) -> str:
+    """The message of another library's error in at most 200 characters of one line."""
+    # Polars goes on with its plan.
+    text = re.split("Resolved plan until|This error occurred|, while evaluating|while evaluating", str(error))[0]
+    return " ".join(text.split())[:200].rstrip(".: ") or type(error).__name__
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
     """A temporary path beside `path`, with the same ending, that is renamed to it when the block ends well.
@@ -115,8 +122,13 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def csv_safe(cell: Any) -> Any:
-    """A cell of a CSV file that no spreadsheet runs: a text that begins like a formula gets an apostrophe before it."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA_STARTS) else cell
+    """A cell of a CSV file that no spreadsheet runs: a text that begins like a formula gets an apostrophe before it.
+
+    A carriage return, which spreadsheets take for the end of a row and writers do not quote, becomes a line feed.
+    """
+    if not isinstance(cell, str):
+        return cell
+    return ("'" if cell.startswith(_FORMULA_STARTS) else "") + cell.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_json(path: Path, values: Any) -> None:

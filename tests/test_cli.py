@@ -320,6 +320,72 @@ def test_a_reader_that_goes_away_is_no_error():
     assert (process.wait(timeout=120), error) == (141, "")
 
 
+@pytest.mark.parametrize(
+    ("streams", "expected"),
+    [
+        (">&-", (0, "")),
+        ("2>&-", (2, "")),
+        ("> /dev/full", (2, "error: [Errno 28] No space left on device\n")),
+        ("| true", (141, "")),
+    ],
+)
+def test_streams_that_lead_nowhere(streams, expected):
+    """The log too: no traceback of `logging`."""
+    body = (
+        "import logging, time; from mvke_tf.cli import run_main, import_tensorflow\n"
+        "def body():\n"
+        "    time.sleep(0.5)\n"
+        "    for _ in range(3): logging.getLogger('mvke_tf.x').info('read 3 rows')\n"
+        "    print('done')\n"
+    )
+    body += "    import sys; sys.stderr.write('x'); sys.exit(2)\n" if streams == "2>&-" else ""
+    command = (
+        f"{shlex.quote(sys.executable)} -c {shlex.quote(body + 'run_main(body)')} {streams}; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    assert (done.returncode, done.stderr) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "received"), [({"KERAS_BACKEND": "torch"}, "'torch'"), ({"KERAS_BACKEND": "no"}, "'no'")]
+)
+def test_a_backend_that_is_none_of_ours(environment, received, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert status(cli.import_backend) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: Keras must run on 'tensorflow' or 'jax'") and f"Received: {received}" in error
+
+
+def test_the_backend_is_that_of_keras(tmp_path, monkeypatch):
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    assert cli.check_backend() == "tensorflow"
+    (tmp_path / "keras.json").write_text('{"backend": "jax"}')
+    assert cli.check_backend() == "jax"
+    (tmp_path / "keras.json").write_text('{"backend": 5}')
+    with pytest.raises(ConfigError, match="'5'"):
+        cli.check_backend()
+    (tmp_path / "keras.json").write_text("{")
+    assert cli.check_backend() == "tensorflow"
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    assert cli.check_backend() == "jax"
+
+
+def test_a_full_disk_is_one_line_where_tensorflow_writes(capsys):
+    from tensorflow import errors
+
+    full = errors.ResourceExhaustedError(None, None, "runs/a/events; No space left on device")
+    assert status(raises(full)) == 2
+    assert capsys.readouterr().err == (
+        "error: runs/a/events; No space left on device. What was there before is untouched; make room and run this "
+        "command again.\n"
+    )
+    with pytest.raises(errors.ResourceExhaustedError, match="OOM"):
+        run_main(raises(errors.ResourceExhaustedError(None, None, "OOM when allocating")))
+
+
 def test_another_broken_pipe_is_an_error(capsys):
     assert status(raises(BrokenPipeError(32, "Broken pipe"))) == 2
     assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"

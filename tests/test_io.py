@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mvke_tf.errors import ConfigError, DataError
-from mvke_tf.io import atomic_write, read_json, remove_temporary, write_json
+from mvke_tf.io import atomic_write, csv_safe, read_json, remove_temporary, write_json
 
 
 def test_atomic_write_replaces_a_file(tmp_path):
@@ -135,3 +135,9 @@ def test_what_another_host_writes_is_left_alone(tmp_path):
     (tmp_path / ".writing-999999999-elsewhere-abc").mkdir()
     write_json(tmp_path / "a.json", 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".writing-999999999-elsewhere-abc", "a.json"]
+
+
+def test_no_cell_of_a_csv_is_a_formula_or_ends_its_row():
+    cells = {"=1": "'=1", "\r=1": "'\n=1", "a\r=1": "a\n=1", "a\r\nb": "a\nb", "a=1": "a=1", "": "", "-x": "'-x"}
+    assert {cell: csv_safe(cell) for cell in cells} == cells
+    assert csv_safe(-1.5) == -1.5 and csv_safe(None) is None

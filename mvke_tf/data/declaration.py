@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import inspect
 import itertools
+import keyword
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,6 +40,7 @@ from mvke_tf.errors import DeclarationError
 from mvke_tf.schema import (
     CONSTANT_ITEM,
     ITEM_ROWS,
+    ITEM_SAMPLING,
     SUMMARY_SUFFIX,
     TASK_KINDS,
     TOWERS,
@@ -78,7 +80,9 @@ MOST_SEED = 2**32 - 1
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 # Inputs of a model that are no feature.
-_RESERVED = frozenset({USER_ROWS, ITEM_ROWS, CONSTANT_ITEM})
+_RESERVED = frozenset({USER_ROWS, ITEM_ROWS, ITEM_SAMPLING, CONSTANT_ITEM})
+# And of features, what the signatures of an export take besides them; and what is no name of an argument.
+RESERVED_INPUTS = frozenset({"exclude", "item_ids", "k", "self", "task", *keyword.kwlist})
 # Legal words of a key.
 _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("Source", "format"): FORMATS,
@@ -1052,8 +1056,36 @@ class Dataset:
                         f"also of {owners[name]}",
                     )
                 owners[name] = place
+        self._check_inputs()
         if repeated := _repeated(group.name for group in self.groups or ()):
             raise WrongValueError("[groups]", f"groups need different names. Received twice: {words(repeated)}")
+
+    def _check_inputs(self) -> None:
+        """That an export can name its inputs after the features."""
+        spelled: dict[str, str] = {}
+        for feature in self.features:
+            place = f"[features.{feature.name}]"
+            other = f'choose another name for the table and add column = "{feature.name}"'
+            for name in feature.inputs:
+                if name in RESERVED_INPUTS:
+                    taken = "a word of Python" if keyword.iskeyword(name) else "an input of exported models"
+                    raise WrongValueError(place, f"this name is {taken}; {other}. Received: {name!r}")
+                if name.lower() in spelled:
+                    raise WrongValueError(
+                        place,
+                        "names of features must differ in more than capital letters, which TensorFlow does not tell "
+                        f"apart in an export; {other}. Received: {name!r} and {spelled[name.lower()]!r}",
+                    )
+                spelled[name.lower()] = name
+        names = {feature.name for feature in self.features}
+        for name in sorted(names):
+            for suffix in (WEIGHTS_SUFFIX, SUMMARY_SUFFIX):
+                if name.removesuffix(suffix) in names - {name}:
+                    raise WrongValueError(
+                        f"[features.{name}]",
+                        f"this name is kept for what belongs to the feature {name.removesuffix(suffix)!r}; choose "
+                        f'another one for the table and add column = "{name}". Received: {name!r}',
+                    )
 
     def _check_tasks(self) -> None:
         earlier: list[str] = []

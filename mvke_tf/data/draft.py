@@ -21,10 +21,10 @@ from typing import Any
 import polars as pl
 
 from mvke_tf.data import files
-from mvke_tf.data.declaration import ENDINGS, MOST_LENGTH, MOST_WIDTH, Dataset
+from mvke_tf.data.declaration import ENDINGS, MOST_LENGTH, MOST_WIDTH, RESERVED_INPUTS, Dataset
 from mvke_tf.data.values import MOST_NAME, column, name_words, short, words
 from mvke_tf.errors import DataError, DeclarationError
-from mvke_tf.schema import CONSTANT_ITEM, ITEM_ROWS, USER_ROWS, WEIGHTS_SUFFIX
+from mvke_tf.schema import CONSTANT_ITEM, ITEM_ROWS, SUMMARY_SUFFIX, USER_ROWS, WEIGHTS_SUFFIX
 
 MOST_ROWS = 100_000
 MOST_COLUMNS = 2_000
@@ -43,6 +43,8 @@ FIRST_DAY, LAST_DAY = -718_797, 2_932_531
 # How much less two rows of one user or item differ than any two rows, for a column that belongs to users or items.
 DEPENDENT = 0.1
 LEAST_PAIRS = 10
+# Moments that a table must have, to be split by them.
+LEAST_MOMENTS = 10
 
 # fmt: off
 USER_WORDS = frozenset((
@@ -388,7 +390,9 @@ class _Log:
     def dependence(self, one: _Column, key: _Column) -> float:
         """How often two rows of one key differ in a column, over how often any two rows do; 1 without evidence."""
         values = one.values
-        if values.dtype == pl.List:
+        if isinstance(values.dtype, pl.List):
+            if values.dtype.inner.is_nested():
+                return 1.0
             values = values.cast(pl.List(pl.String)).list.join("\0")
         frame = pl.DataFrame({"key": key.values, "value": values}).drop_nulls()
         # Neighbours in the order of keys, in which the order of the rows of one key is left as it is.
@@ -436,12 +440,13 @@ class _Draft:
         self._features_of: dict[str, str] = {}
 
     def _name_of(self, name: str, is_list: bool = False) -> str:
-        """A legal name that is not taken; of a list, neither is that of its weights."""
+        """A legal name that is not taken, and neither is that of its weights or its summary."""
         clean = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_")[: MOST_NAME - 20]
         clean = clean if clean[:1].isalpha() else f"column_{clean}".rstrip("_")
         for found in itertools.chain([clean], (f"{clean}_{number}" for number in itertools.count(2))):
-            names = {found, found + WEIGHTS_SUFFIX} if is_list else {found}
-            if not names & self._names:
+            # Whatever the next one is called, neither is then what belongs to the other.
+            names = {found.lower(), *((found + suffix).lower() for suffix in (WEIGHTS_SUFFIX, SUMMARY_SUFFIX))}
+            if not names & self._names and found not in RESERVED_INPUTS:
                 break
         self._names |= names
         return found
@@ -504,7 +509,7 @@ class _Draft:
             yield f'by = "column"  # guess: {one.describe()}'
             yield f"column = {_toml(one.name)}"
             yield from (f"{part} = {_toml(sorted(values))}" for part, values in parts.items())
-        elif log.time is not None:
+        elif log.time is not None and log.time.values.n_unique() >= LEAST_MOMENTS:
             yield 'by = "share_of_time"  # the latest rows are the test part'
             yield from ("train = 0.7", "validation = 0.1", "test = 0.2")
         else:

@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
 import pyarrow as pa
 import pyarrow.csv
 
 from mvke_tf.config import nearest
 from mvke_tf.data.declaration import ENDINGS
 from mvke_tf.errors import DataError
-from mvke_tf.io import write_json
+from mvke_tf.io import one_line, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def _matches(folder: Path, pattern: str, key: str) -> list[Path]:
         if not files:
             raise DataError(f"{key}: no file matches {pattern!r} in the folder {folder}.")
         return files
+    if path.exists():
+        raise DataError(f"{key}: {path} is neither a file nor a folder. Expected a file of data.")
     beside = sorted(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else ()
     raise DataError(f"{key}: there is no file {path}.{nearest(path.name, beside)}")
 
@@ -127,7 +130,9 @@ def read(
     if format == "tfrecord":
         return _read_records(path, columns, rows, lists)
     try:
-        return pl.read_parquet(path, columns=list(columns), n_rows=rows, glob=False, hive_partitioning=False)
+        frame = pl.scan_parquet(path, n_rows=rows, glob=False, hive_partitioning=False)
+        # A name such as "*" would be a pattern elsewhere.
+        return frame.select(cs.by_name(*columns)).collect()
     except DAMAGE as error:
         raise DataError(f"{path} cannot be read as Parquet: {one_line(error)}.") from error
 
@@ -236,6 +241,8 @@ def _csv_header(path: Path, delimiter: str) -> list[str]:
         raise DataError(
             f"{path}, line 1: the column {twice[0]!r} appears twice in the header. Expected each name once."
         )
+    if names[0].startswith("sep="):
+        raise DataError(f"{path}, line 1: {names[0]!r} is for Excel. Delete the line; the header must be the first.")
     if "" in names:
         raise DataError(f"{path}, line 1: column {names.index('') + 1} has no name. Expected a name for each column.")
     return names
@@ -411,11 +418,6 @@ def as_text(value: bytes) -> str | None:
         return value.decode("utf-8")
     except UnicodeDecodeError:
         return None
-
-
-def one_line(error: BaseException) -> str:
-    """The message of another library's error in at most 200 characters of one line."""
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 def shown(path: Path, folder: Path) -> str:

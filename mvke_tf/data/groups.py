@@ -241,13 +241,14 @@ def _bands(group: Group, values: np.ndarray, known: np.ndarray, dataset: str) ->
         return code, []
     if group.step:
         # Neither float32 nor the division moves a value on a bound into the band below.
-        band = np.floor(np.round(numbers.astype(np.float64) / group.step, 6)).astype(np.int64)
+        with np.errstate(over="ignore"):
+            band = np.floor(np.round(numbers.astype(np.float64) / group.step, 6))
         bands, code[known] = np.unique(band, return_inverse=True)
-        if len(bands) > MOST_BANDS:
+        if len(bands) > MOST_BANDS or not np.isfinite(bands).all():
             raise DeclarationError(
                 f"{dataset}, [groups.{group.name}]: a `step` that makes at most {MOST_BANDS:,} bands of the values, "
                 f"from {_shown(numbers.min())} to {_shown(numbers.max())}, is expected. Received: {group.step:g}, "
-                f"which makes {len(bands):,}"
+                f"which makes {len(bands):,}, or numbers that are too large"
             )
         return code, [_between(low * group.step, (low + 1) * group.step, whole) for low in bands.tolist()]
     edges = np.unique(np.quantile(numbers.astype(np.float64), np.linspace(0, 1, (group.quantiles or QUANTILES) + 1)))

@@ -33,7 +33,7 @@ from mvke_tf.data.tables import (
     read_tables,
 )
 from mvke_tf.errors import DataError, DeclarationError
-from mvke_tf.io import TEMPORARY, remove_temporary
+from mvke_tf.io import TEMPORARY, one_line, remove_temporary
 from mvke_tf.schema import WEIGHTS_SUFFIX
 
 logger = logging.getLogger(__name__)
@@ -440,7 +440,7 @@ class _Rows:
         except pl.exceptions.PolarsError as fault:
             if problems:
                 raise DataError(f"{place} = {text!r}: {problems[0]}") from problems[0]
-            raise DataError(f"{place} = {text!r} does not fit its columns: {files.one_line(fault)}.") from fault
+            raise DataError(f"{place} = {text!r} does not fit its columns: {one_line(fault)}.") from fault
 
 
 def _fitting(expression: pl.Expr, choices: Sequence[Sequence[pl.Series]]) -> list[pl.Series]:

@@ -185,6 +185,8 @@ class _Cells:
             self.wrong_type("single texts or whole numbers")
         else:
             text = self.values.cast(pl.String)
+        # Arrays of texts end at it, so that it would make two values one.
+        self.reject(text.str.contains("\0", literal=True).fill_null(False), "a text without the character NUL")
         return text.replace("", None)
 
     def weights(self) -> np.ndarray:

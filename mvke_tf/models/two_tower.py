@@ -10,6 +10,7 @@ constant; with a multi-class task, one inner product per class, see `mvke_tf.lay
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -381,7 +382,15 @@ def build_two_tower(
     inputs = feature_inputs(schema.features)
     fields = embed_fields(schema, dataclasses.replace(config, embedding_dim=config.embedding_dim * embeddings), inputs)
     user_vectors, item_vectors = towers(fields["user"], fields["item"], tasks, config)
-    model = TwoTowerModel(inputs, score(user_vectors, item_vectors, tasks), name=name)
+    try:
+        model = TwoTowerModel(inputs, score(user_vectors, item_vectors, tasks), name=name)
+    except ValueError as error:
+        if (taken := re.search(r'The name "(.+?)" is used', str(error))) is None:
+            raise
+        raise ConfigError(
+            f"A layer of {name!r} has the name of a feature or of a task: give that another name. "
+            f"Received: {taken[1]!r}"
+        ) from error
     both = sorted(set(model.user_tower.input) & set(model.item_tower.input))
     if both:
         raise ValueError(f"The towers of {name!r} must read different features. Received: both read {both}")

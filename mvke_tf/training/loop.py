@@ -99,6 +99,8 @@ def train(
     _check_log(log)
     check_model(config.model.name, len(config.model.tasks) or None)
     folder = Path(runs_dir) / (run_name or f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if Path(runs_dir).exists() and not Path(runs_dir).is_dir():
+        raise RunError(f"Runs are kept in a folder. Received: {runs_dir}, a file. Choose another --runs_dir.")
     if folder.exists():
         # Before hours of preparing.
         raise RunError(f"{folder} exists already, and a run is never overwritten. Choose another --run_name.")

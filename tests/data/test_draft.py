@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mvke_tf.data.check import check
 from mvke_tf.data.declaration import Dataset, History
 from mvke_tf.data.draft import draft
+from mvke_tf.data.preparation import prepare
 from mvke_tf.errors import DataError, DeclarationError
 
 
@@ -471,3 +472,63 @@ def test_any_table_has_a_draft(tmp_path, data):
         assert "# EDIT FIRST, " in text and ("[tasks]" in str(error) or "[features]" in str(error))
     else:
         assert set(feature.source_column for feature in dataset.features if feature.source_column) <= set(names)
+
+
+def test_names_that_a_declaration_does_not_take_are_changed(tmp_path):
+    rows = range(200)
+    columns = {
+        "user_id": [f"u{row % 20}" for row in rows],
+        "item_id": [f"i{row % 7}" for row in rows],
+        "k": [f"k{row % 3}" for row in rows],
+        "self": [row % 4 for row in rows],
+        "age_weights": [row % 8 for row in rows],
+        "age": [row % 5 for row in rows],
+        "Age": [f"a{row % 6}" for row in rows],
+        "class": [f"c{row % 6}" for row in rows],
+        "*": [f"s{row % 6}" for row in rows],
+        "^.*$": [f"p{row % 6}" for row in rows],
+        "click": [int(row % 3 == 0) for row in rows],
+    }
+    declared = drafted(pl.DataFrame(columns), tmp_path / "log.parquet")
+    made = {feature.name: feature.source_column for feature in declared.features}
+    renamed = {"k_2": "k", "self_2": "self", "age_2": "age", "Age_3": "Age", "class_2": "class"}
+    assert renamed.items() <= made.items() and made["age_weights"] == "age_weights"
+    # Names that Polars takes for patterns are left out, with a word.
+    assert sorted(made.values()) == sorted(set(columns) - {"click", "*", "^.*$"})
+    prepared = prepare(declared)
+    for name, column in made.items():
+        assert len(np.unique((prepared.users if name in prepared.users.raw else prepared.items).raw[name])) == len(
+            set(columns[column])
+        )
+
+
+def test_lists_of_lists_are_left_out(tmp_path):
+    rows = range(200)
+    table = pl.DataFrame(
+        {
+            "user_id": [f"u{row % 20}" for row in rows],
+            "item_id": [f"i{row % 7}" for row in rows],
+            "nested": [[[row % 5]] for row in rows],
+            "age": [row % 5 for row in rows],
+            "click": [int(row % 3 == 0) for row in rows],
+        }
+    )
+    declared = drafted(table, tmp_path / "log.parquet")
+    assert {feature.name for feature in declared.features} == {"user_id", "item_id", "age"}
+    assert "nested" in (tmp_path / "log.toml").read_text()
+
+
+def test_a_table_of_one_day_is_not_split_by_time(tmp_path):
+    rows = range(200)
+    table = pl.DataFrame(
+        {
+            "user_id": [f"u{row % 20}" for row in rows],
+            "item_id": [f"i{row % 7}" for row in rows],
+            "day": [datetime.date(2026, 11, 1)] * 200,
+            "age": [row % 5 for row in rows],
+            "click": [int(row % 3 == 0) for row in rows],
+        }
+    )
+    declared = drafted(table, tmp_path / "log.parquet")
+    assert declared.split.by == "random"
+    assert "has no row" not in check(declared).table()

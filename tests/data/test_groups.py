@@ -151,6 +151,11 @@ def test_a_step_of_tenths_keeps_bounds_in_their_band():
     assert found.groups[1].startswith("0.3 to below 0.4")
 
 
+def test_a_step_too_small_for_numbers():
+    with pytest.raises(DeclarationError, match=r"numbers that are too large"):
+        made({"x": {"feature": "price", "step": 1e-308}}, ITEMS.with_columns(price=pl.lit(10.0) ** 6))
+
+
 def test_too_many_bands():
     items = ITEMS.with_columns(year=pl.Series([1, 2, 3, 4, 5, 10**6]))
     assert len(made({"x": {"feature": "year", "step": 0.001}}, items)["x"].groups) == 6

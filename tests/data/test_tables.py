@@ -626,3 +626,11 @@ def test_digests_tell_frames_apart():
     frames += [pl.DataFrame({"x": [[], None]}, schema={"x": pl.List(pl.Int64)}), pl.DataFrame({"x": [None, 1]})]
     frames.append(pl.DataFrame({"x": [None, []]}, schema={"x": pl.List(pl.Int64)}))
     assert len({frame_digest(frame) for frame in frames}) == len(frames)
+
+
+def test_texts_with_nul_are_refused():
+    """NumPy's arrays of texts end at it, so that "a" and "a\\0" would be one value in training and two in serving."""
+    read = table({"user": ["a", "a\0", None]})
+    with pytest.raises(DataError, match=r"column 'user'.*without the character NUL"):
+        read._cells("user").strings()
+    assert table({"user": ["a", None]})._cells("user").strings().to_list() == ["a", None]

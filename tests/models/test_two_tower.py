@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from mvke_tf.errors import ConfigError
 from mvke_tf.layers import FieldEmbedding
 from mvke_tf.models import MODELS, build_model
 from mvke_tf.models.mvke import build_mvke
@@ -186,3 +187,9 @@ def test_a_conditional_and_a_regression_task(chain_model):
 
 def test_no_conditional_task(built):
     assert built.given == {} and built.conditional is None
+
+
+def test_a_feature_with_the_name_of_a_layer():
+    features = (*SCHEMA.features, Feature("user_vector_ctr", "user", 5))
+    with pytest.raises(ConfigError, match=r"give that another name\. Received: 'user_vector_ctr'"):
+        build_model("mvke", Schema(features, SCHEMA.tasks), CONFIG)

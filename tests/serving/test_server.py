@@ -27,7 +27,7 @@ from mvke_tf.serving.export import SIGNATURES_FILE
 from mvke_tf.serving.rest.app import Application, Limits
 from mvke_tf.serving.rest.connections import guarded
 from mvke_tf.serving.rest.model import DESCRIPTIONS_FILE, ServedModel
-from mvke_tf.serving.rest.server import Watch, bind, newest_version, serve, url
+from mvke_tf.serving.rest.server import Watch, bind, load, newest_version, serve, url
 from tests.serving.helpers import pair_rows
 from tests.serving.rest_helpers import ANSWER, GOOD, Client, Stub, answer
 
@@ -259,6 +259,7 @@ def test_a_newer_version_takes_over_and_a_corrupt_one_does_not(toy_export, tmp_p
 
     (tmp_path / "9").mkdir()
     (tmp_path / "9" / "saved_model.pb").write_bytes(b"\x00")
+    (tmp_path / "9" / DESCRIPTIONS_FILE).write_text("{}")
     for _ in range(3):
         watch.look()
     assert app.model.version == 7
@@ -283,6 +284,61 @@ def test_a_newer_version_takes_over_and_a_corrupt_one_does_not(toy_export, tmp_p
     shutil.rmtree(tmp_path / "7")
     watch.look()
     assert app.model.version == 7 and "Expected a folder of versions" in caplog.messages[-1]
+
+
+def test_a_version_that_is_still_being_copied_is_taken_when_it_is_whole(exported, tmp_path, caplog):
+    """Without its descriptions it would be served without bounds, and never looked at again."""
+    caplog.set_level("INFO", logger="mvke_tf.serving.rest.server")
+    shutil.copytree(exported, tmp_path / "1")
+    app = Application(ServedModel(tmp_path / "1"))
+    watch = Watch(tmp_path, tmp_path / "1", app, 10)
+    shutil.copytree(exported, tmp_path / "2", ignore=shutil.ignore_patterns(DESCRIPTIONS_FILE))
+    for _ in range(3):
+        watch.look()
+    assert app.model.version == 1
+    assert [text for text in caplog.messages if "goes on" in text] == [
+        f"Version 1 goes on: {tmp_path / '2'} has no signatures.json yet, which the served version has. It is taken "
+        "when that is there"
+    ]
+    shutil.copy(exported / DESCRIPTIONS_FILE, tmp_path / "2")
+    watch.look()
+    assert app.model.version == 2 and app.model.cost("recommend").per_row > 0
+
+
+def test_a_version_whose_functions_fail_is_refused(toy_export, tmp_path, caplog):
+    """Whatever they raise: a thread that died of it would take no later version."""
+
+    class Broken(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+        def answer(self, x):
+            return {"y": x + tf.cast(tf.strings.length(tf.io.read_file("/nowhere/at/all")), tf.float32)}
+
+    broken = Broken()
+    tf.saved_model.save(broken, str(tmp_path / "8"), signatures={"serving_default": broken.answer})
+    with pytest.raises(DataError, match=r"8: expected a model that answers a request.*serving_default': NotFoundError"):
+        load(tmp_path / "8", Limits())
+    shutil.copytree(toy_export / "7", tmp_path / "7")
+    app = Application(ServedModel(tmp_path / "7"))
+    watch = Watch(tmp_path, tmp_path / "7", app, 10)
+    watch.look()
+    assert app.model.version == 7 and "\n" not in caplog.messages[-1]
+    shutil.copytree(toy_export / "7", tmp_path / "9")
+    watch.look()
+    assert app.model.version == 9
+
+
+def test_a_pipe_is_no_version(toy_export, tmp_path):
+    shutil.copytree(toy_export / "7", tmp_path / "7")
+    (tmp_path / "99").mkdir()
+    os.mkfifo(tmp_path / "99" / "saved_model.pb")
+    assert newest_version(tmp_path) == tmp_path / "7"
+
+
+def test_version_0_has_an_address(toy_export, tmp_path):
+    shutil.copytree(toy_export / "7", tmp_path / "0")
+    with Client(Application(ServedModel(tmp_path / "0"))) as client:
+        for path, status in (("0", 200), ("00", 200), ("1", 404)):
+            assert client.get(f"/v1/models/mvke/versions/{path}").status_code == status
 
 
 # --- who may ask

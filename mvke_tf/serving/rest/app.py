@@ -356,7 +356,7 @@ class Application:
     def _checked_version(self, request: Request) -> Model:
         """The model, if the request asks for its version or for none."""
         model, version = self.model, request.path_params.get("version")
-        if version is not None and version.lstrip("0") != str(model.version):
+        if version is not None and (version.lstrip("0") or "0") != str(model.version):
             raise RequestError(f"Version {model.version} of the model is served. Received: {version[:20]}", 404)
         return model
 

@@ -19,9 +19,13 @@ from tensorflow.core.protobuf import saved_model_pb2
 from mvke_tf.config import EXPORT_FORMAT
 from mvke_tf.errors import DataError
 from mvke_tf.io import checksums, read_json
-from mvke_tf.serving.rest.protocol import DEFAULT_SIGNATURE, InputSpec, RequestError, check_sizes
-
-DESCRIPTIONS_FILE = "signatures.json"
+from mvke_tf.serving.rest.protocol import (
+    DEFAULT_SIGNATURE,
+    DESCRIPTIONS_FILE,
+    InputSpec,
+    RequestError,
+    check_sizes,
+)
 
 # As TensorFlow Serving maps TensorFlow's errors; any other is a defect of the model or of the server.
 _STATUS = {

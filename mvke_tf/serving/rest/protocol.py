@@ -26,6 +26,8 @@ import numpy as np
 
 SIGNATURE, INSTANCES, INPUTS = "signature_name", "instances", "inputs"
 DEFAULT_SIGNATURE = "serving_default"
+# Describes the signatures of a version, beside its `saved_model.pb`.
+DESCRIPTIONS_FILE = "signatures.json"
 # TensorFlow Serving takes the strings of such outputs for bytes.
 _BYTES_SUFFIX = "_bytes"
 # Keys of one object: an object has one per input, and a few of its own.

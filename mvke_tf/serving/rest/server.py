@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from mvke_tf.errors import ConfigError, DataError, MvkeError
+from mvke_tf.io import one_line
 from mvke_tf.serving.rest.app import Application, Limits, answer
 from mvke_tf.serving.rest.connections import guarded
-from mvke_tf.serving.rest.protocol import RequestError
+from mvke_tf.serving.rest.protocol import DESCRIPTIONS_FILE, RequestError
 
 if TYPE_CHECKING:
     from mvke_tf.serving.rest.model import ServedModel
@@ -101,7 +102,7 @@ def newest_version(path: Path) -> Path:
     """
     path = Path(path)
     for folder in (path, path / "export"):
-        versions = [p for p in folder.glob("*/saved_model.pb") if p.parent.name.isdecimal()]
+        versions = [p for p in folder.glob("*/saved_model.pb") if p.parent.name.isdecimal() and p.is_file()]
         if (folder / "saved_model.pb").is_file():
             return folder
         if versions:
@@ -127,14 +128,21 @@ def load(folder: Path, limits: Limits) -> ServedModel:
         except RequestError as error:
             if signature == model.default_signature:
                 logger.info("The made-up example does not fit this model: %s", error)
+        except Exception as error:
+            # Whatever the functions of somebody else's model raise.
+            raise DataError(
+                f"{folder}: expected a model that answers a request. Received from its signature {signature!r}: "
+                f"{type(error).__name__}: {one_line(error)}"
+            ) from error
     return model
 
 
 class Watch:
     """Puts newer versions of a SavedModel into an application, in a thread of its own.
 
-    A version that cannot be loaded is logged, once until its files change, and the one before goes on. If the served
-    version is deleted, the newest that is left takes over.
+    A version that cannot be loaded is logged, once until its files change, and the one before goes on. So is one
+    without descriptions where the served one has some: it is still being copied. If the served version is deleted, the
+    newest that is left takes over.
 
     Args:
         path: Folder of all versions.
@@ -175,18 +183,26 @@ class Watch:
                 return
             logger.info("Loading %s", folder)
             try:
+                self._check_complete(folder)
                 model = load(folder, self._application.limits)
             except MvkeError as error:
                 self._refused = state
                 self._application.metrics.load(well=False)
-                logger.warning("Version %d goes on: %s", self._application.model.version, error)
+                logger.warning("Version %d goes on: %s", self._application.model.version, " ".join(str(error).split()))
             else:
                 self._folder, self._application.model = folder, model
                 self._application.metrics.load(well=True)
                 logger.info("Serving version %d", model.version)
         except (DataError, OSError) as error:
             # Nothing there, for now: versions come and go.
-            logger.warning("Version %d goes on: %s", self._application.model.version, error)
+            logger.warning("Version %d goes on: %s", self._application.model.version, " ".join(str(error).split()))
+
+    def _check_complete(self, folder: Path) -> None:
+        described, served = folder / DESCRIPTIONS_FILE, self._folder / DESCRIPTIONS_FILE
+        if served.is_file() and not described.is_file():
+            raise DataError(
+                f"{folder} has no {DESCRIPTIONS_FILE} yet, which the served version has. It is taken when that is there"
+            )
 
 
 def _files(folder: Path) -> tuple[Any, ...]:
