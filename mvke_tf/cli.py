@@ -168,27 +168,26 @@ def _hidden(*modules: str) -> Iterator[None]:
             del sys.modules[module]
 
 
-def _backend() -> str:
-    """The backend that Keras would choose, without importing it."""
-    file = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "keras.json"
-    name = os.environ.get("KERAS_BACKEND")
-    if not name:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            name = str(json.loads(file.read_text(encoding="utf-8"))["backend"])
-    return name or "tensorflow"
-
-
 def check_backend() -> str:
     """The backend that Keras will choose.
 
     Raises:
-        ConfigError: If models of this package do not run on it.
+        ConfigError: If models of this package do not run on it, or do not run in float32.
     """
-    name = _backend()
+    file = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "keras.json"
+    settings: Any = {}
+    with contextlib.suppress(OSError, ValueError):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = settings if isinstance(settings, dict) else {}
+    name = os.environ.get("KERAS_BACKEND") or settings.get("backend", "tensorflow")
     if name not in ("tensorflow", "jax"):
         raise ConfigError(
             "Keras must run on 'tensorflow' or 'jax': the environment variable KERAS_BACKEND, or `backend` in "
-            f"~/.keras/keras.json. Received: {name!r}"
+            f"{file}. Received: {name!r}"
+        )
+    if (floatx := settings.get("floatx", "float32")) != "float32":
+        raise ConfigError(
+            f"`floatx` in {file} must be 'float32'; --precision chooses what a model computes in. Received: {floatx!r}"
         )
     return name
 

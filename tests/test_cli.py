@@ -365,7 +365,10 @@ def test_the_backend_is_that_of_keras(tmp_path, monkeypatch):
     (tmp_path / "keras.json").write_text('{"backend": "jax"}')
     assert cli.check_backend() == "jax"
     (tmp_path / "keras.json").write_text('{"backend": 5}')
-    with pytest.raises(ConfigError, match="'5'"):
+    with pytest.raises(ConfigError, match="Received: 5"):
+        cli.check_backend()
+    (tmp_path / "keras.json").write_text('{"floatx": "float16"}')
+    with pytest.raises(ConfigError, match=r"--precision chooses.*'float16'"):
         cli.check_backend()
     (tmp_path / "keras.json").write_text("{")
     assert cli.check_backend() == "tensorflow"
