@@ -138,7 +138,9 @@ def read(
 
 
 class Digests:
-    """SHA-256 of files, remembered by their size and time of change so that an unchanged file is not read again.
+    """SHA-256 of files, remembered by their size and times of change so that an unchanged file is not read again.
+
+    Besides the time of the contents, which copying may keep, the time of the file's entry counts.
 
     Args:
         path: File that remembers them; by default nothing does.
@@ -154,7 +156,8 @@ class Digests:
             except (OSError, ValueError):
                 known = None
             if isinstance(known, dict) and all(map(_is_remembered, known.values())):
-                self._known = known
+                # Without the second time of change they are of an earlier version.
+                self._known = {key: entry for key, entry in known.items() if len(entry) == 4}
             else:
                 logger.warning("%s is damaged: all files are read to see whether they have changed.", path)
 
@@ -166,14 +169,14 @@ class Digests:
         """
         try:
             state = path.stat()
-            key, stamp = str(path.resolve()), [state.st_size, state.st_mtime_ns]
-            if self._known.get(key, [])[:2] != stamp:
+            key, stamp = str(path.resolve()), [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+            if self._known.get(key, [])[:3] != stamp:
                 with open(path, "rb") as file:
                     self._known[key] = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
                 self._changed = True
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
-        return self._known[key][2]
+        return self._known[key][3]
 
     def save(self) -> None:
         """Writes what is new to the file."""
@@ -183,13 +186,13 @@ class Digests:
 
 
 def _is_remembered(entry: Any) -> bool:
-    """Whether it is the size, the time of change and the digest of a file."""
+    """Whether it is the size, the times of change and the digest of a file."""
     return (
         isinstance(entry, list)
-        and len(entry) == 3
-        and all(type(number) is int for number in entry[:2])
-        and isinstance(entry[2], str)
-        and re.fullmatch("[0-9a-f]{64}", entry[2]) is not None
+        and len(entry) in (3, 4)
+        and all(type(number) is int for number in entry[:-1])
+        and isinstance(entry[-1], str)
+        and re.fullmatch("[0-9a-f]{64}", entry[-1]) is not None
     )
 
 

@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import logging
 import math
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +41,8 @@ from mvke_tf.training.validation import Validation
 
 LOGGER = logging.getLogger(__name__)
 
+# What file systems take, less what is added while it is written.
+MOST_NAME_BYTES = 200
 # Rows of distinct entities are filled up to a multiple, because every new shape costs a compilation.
 DISTINCT_MULTIPLE = 64
 
@@ -98,9 +102,7 @@ def train(
     config = config or RunConfig()
     _check_log(log)
     check_model(config.model.name, len(config.model.tasks) or None)
-    folder = Path(runs_dir) / (run_name or f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if Path(runs_dir).exists() and not Path(runs_dir).is_dir():
-        raise RunError(f"Runs are kept in a folder. Received: {runs_dir}, a file. Choose another --runs_dir.")
+    folder = _new_folder(Path(runs_dir), run_name, config.model.name)
     if folder.exists():
         # Before hours of preparing.
         raise RunError(f"{folder} exists already, and a run is never overwritten. Choose another --run_name.")
@@ -113,6 +115,20 @@ def train(
         prepared.folder = Path(data_dir) / "prepared" / f"{prepared.dataset.name}-{prepared.digest[:12]}"
         prepared.save(prepared.folder)
     return _train(Run.create(folder, config, prepared), training, callbacks, log)
+
+
+def _new_folder(runs_dir: Path, name: str | None, model: str) -> Path:
+    """The folder of a new run; its name is by default the model and the time."""
+    if runs_dir.exists() and not runs_dir.is_dir():
+        raise RunError(f"Runs are kept in a folder. Received: {runs_dir}, a file. Choose another --runs_dir.")
+    if name is None:
+        return runs_dir / f"{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not re.fullmatch(r"[^\W_]([\w .,=+@-]*[\w.,=+@-])?", name) or len(os.fsencode(name)) > MOST_NAME_BYTES:
+        raise ConfigError(
+            "The name of a run is that of one folder: letters, digits and .,=+@-_, the first a letter or a digit. "
+            f"Received: {name[:100]!r}. Choose another --run_name; --runs_dir says where the folder lies."
+        )
+    return runs_dir / name
 
 
 def train_run(run: Run, callbacks: Sequence[keras.callbacks.Callback] = (), log: Sequence[str] = ()) -> Result:

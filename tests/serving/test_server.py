@@ -27,7 +27,17 @@ from mvke_tf.serving.export import SIGNATURES_FILE
 from mvke_tf.serving.rest.app import Application, Limits
 from mvke_tf.serving.rest.connections import guarded
 from mvke_tf.serving.rest.model import DESCRIPTIONS_FILE, ServedModel
-from mvke_tf.serving.rest.server import Watch, bind, load, newest_version, serve, url
+from mvke_tf.serving.rest.server import (
+    Watch,
+    _allowed,
+    _load_newest,
+    bind,
+    load,
+    newest_version,
+    serve,
+    url,
+    versions_of,
+)
 from tests.serving.helpers import pair_rows
 from tests.serving.rest_helpers import ANSWER, GOOD, Client, Stub, answer
 
@@ -327,6 +337,18 @@ def test_a_version_whose_functions_fail_is_refused(toy_export, tmp_path, caplog)
     assert app.model.version == 9
 
 
+def test_an_older_version_is_served_where_the_newest_cannot_be_loaded(toy_export, tmp_path, caplog):
+    for version in ("7", "8"):
+        shutil.copytree(toy_export / "7", tmp_path / version)
+    (tmp_path / "9").mkdir()
+    (tmp_path / "9" / "saved_model.pb").write_bytes(b"\x00")
+    assert _load_newest(versions_of(tmp_path), Limits()).folder == tmp_path / "8"
+    (text,) = caplog.messages
+    assert text.startswith(f"An older version is served: There is no SavedModel that can be loaded at {tmp_path / '9'}")
+    with pytest.raises(DataError, match="no SavedModel"):
+        _load_newest([tmp_path / "9"], Limits())
+
+
 def test_a_pipe_is_no_version(toy_export, tmp_path):
     shutil.copytree(toy_export / "7", tmp_path / "7")
     (tmp_path / "99").mkdir()
@@ -342,6 +364,17 @@ def test_version_0_has_an_address(toy_export, tmp_path):
 
 
 # --- who may ask
+
+
+def test_the_port_of_an_allowed_host_does_not_count():
+    with bind("127.0.0.1", 0) as bound:
+        names = ["models.example.com:8501", "[::1]:80", "b.example.com"]
+        assert _allowed(bound, "127.0.0.1", None, names) == ["models.example.com", "[::1]", "b.example.com"]
+
+
+def test_a_host_that_is_not_known_is_named():
+    with pytest.raises(OSError, match=r"choose another --host: 'nowhere\.invalid'"):
+        bind("nowhere.invalid", 0)
 
 
 def test_a_taken_port_says_what_to_do():
@@ -361,6 +394,8 @@ def test_a_taken_port_says_what_to_do():
         ({"allowed_hosts": ["*"]}, "Received: no token"),
         ({"token": "a b", "allowed_hosts": ["*"]}, "ASCII text without spaces"),
         ({"token": "", "allowed_hosts": ["*"]}, "ASCII text without spaces"),
+        ({"token": "a", "allowed_hosts": [""]}, r"such as models.example.com.*\[''\]"),
+        ({"token": "a", "allowed_hosts": ["http://a.example"]}, r"such as models.example.com.*http"),
     ],
 )
 def test_a_server_that_others_can_reach_needs_a_token_and_names(toy_export, options, message):

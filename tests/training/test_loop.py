@@ -281,6 +281,19 @@ def test_train_makes_a_run_and_builds_its_model_once(tiny_prepared, trained, tmp
         train(tiny_prepared, config, "first", tmp_path / "runs")
 
 
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "a\nb", ".hidden", "é" * 101, " a", "a "])
+def test_the_name_of_a_run_is_that_of_a_folder(tiny_prepared, tmp_path, name):
+    with pytest.raises(ConfigError, match="that of one folder"):
+        train(tiny_prepared, RunConfig(), name, tmp_path / "runs")
+    assert not list(tmp_path.rglob("*x"))
+
+
+def test_runs_are_not_kept_in_a_file(tiny_prepared, tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(RunError, match="Runs are kept in a folder"):
+        train(tiny_prepared, RunConfig(), "a", tmp_path / "runs")
+
+
 @pytest.mark.parametrize(
     ("model", "training", "error", "message"),
     [

@@ -9,13 +9,14 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,12 +72,11 @@ def serve(
         OSError: If the address cannot be had.
     """
     limits = limits or Limits()
-    folder = newest_version(model_dir)
+    versions = versions_of(model_dir)
     with bind(host, port) as bound:
         hosts = _allowed(bound, host, token, allowed_hosts)
-        logger.info("Loading %s", folder)
         # TensorFlow takes seconds to import: only after the arguments have proved right.
-        model = load(folder, limits)
+        model = _load_newest(versions, limits)
         for signature, description in model.descriptions.items():
             logger.info("  %s: %s" if description else "  %s%s", signature, description)
         application = Application(model, name, limits, token, hosts, log_requests)
@@ -86,9 +86,21 @@ def serve(
         example = curl(address + ":predict", model.example(model.default_signature), token is not None)
         logger.info("Try it: %s", example)
         logger.info("Ctrl-C stops it.")
-        watch = Watch(model_dir, folder, application, reload_seconds) if reload_seconds else None
+        watch = Watch(model_dir, model.folder, application, reload_seconds) if reload_seconds else None
         run(application, bound, watch)
     logger.info("Stopped.")
+
+
+def _load_newest(versions: Sequence[Path], limits: Limits) -> ServedModel:
+    """The newest version that can be loaded; those that cannot are logged."""
+    for folder in versions[:-1]:
+        logger.info("Loading %s", folder)
+        try:
+            return load(folder, limits)
+        except MvkeError as error:
+            logger.warning("An older version is served: %s", " ".join(str(error).split()))
+    logger.info("Loading %s", versions[-1])
+    return load(versions[-1], limits)
 
 
 def newest_version(path: Path) -> Path:
@@ -100,13 +112,18 @@ def newest_version(path: Path) -> Path:
     Raises:
         DataError: If there is none.
     """
+    return versions_of(path)[0]
+
+
+def versions_of(path: Path) -> list[Path]:
+    """The folders of all versions of a SavedModel, the newest first; arguments and errors as of `newest_version`."""
     path = Path(path)
     for folder in (path, path / "export"):
-        versions = [p for p in folder.glob("*/saved_model.pb") if p.parent.name.isdecimal() and p.is_file()]
+        versions = [p.parent for p in folder.glob("*/saved_model.pb") if p.parent.name.isdecimal() and p.is_file()]
         if (folder / "saved_model.pb").is_file():
-            return folder
+            return [folder]
         if versions:
-            return max((p.parent for p in versions), key=lambda folder: int(folder.name))
+            return sorted(versions, key=lambda folder: int(folder.name), reverse=True)
     raise DataError(
         "Expected a folder of versions of a SavedModel, such as `mvke export` makes (runs/<name>/export with 1/ in "
         f"it), or one version. Received: {path}"
@@ -217,7 +234,11 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         OSError: If the address cannot be had.
     """
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; choose another --host", host) from error
+    family, kind, _, _, address = found[0]
     bound = socket.socket(family, kind)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -241,9 +262,12 @@ def _allowed(
         )
     if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
         raise ConfigError("A token must be ASCII text without spaces. Received: something else")
+    if wrong := [name for name in allowed_hosts if not name.strip() or "/" in name or " " in name]:
+        raise ConfigError(f"--allowed_hosts takes names such as models.example.com, or '*'. Received: {wrong}")
     if ANY_HOST in allowed_hosts:
         return None
-    return allowed_hosts or {*LOOPBACK_NAMES, host}
+    # As those of requests are: without the port.
+    return [re.sub(r"^([^:]+|\[.*\]):\d*$", r"\1", name) for name in allowed_hosts] or {*LOOPBACK_NAMES, host}
 
 
 def url(bound: socket.socket) -> str:
