@@ -27,9 +27,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mvke_tf.config import CHOICES, OLD_NAMES, SECTIONS, RunConfig, entry_type, nearest, renamed
+from mvke_tf.config import CHOICES, MOST_BATCH, OLD_NAMES, SECTIONS, RunConfig, entry_type, nearest, renamed
 from mvke_tf.errors import ConfigError, MvkeError, RunError, require_extra
-from mvke_tf.io import one_line
 
 LOGGER = logging.getLogger(__name__)
 DEBUG = "MVKE_DEBUG"
@@ -70,9 +69,10 @@ def run_main(body: Callable[[], object]) -> NoReturn:
             sys.exit(141)
         _fail(error, str(error))
     except Exception as error:
-        if not _is_of_files(error):
+        fault = _fault_of_files(error)
+        if not fault:
             raise
-        _fail(error, f"{one_line(error)}. What was there before is untouched; make room and run this command again.")
+        _fail(error, f"{fault}, says TensorFlow. What was there before is untouched; make room and run it again.")
     except KeyboardInterrupt as interrupt:
         print(f"\nInterrupted. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)
@@ -86,11 +86,12 @@ def _fail(error: Exception, message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _is_of_files(error: Exception) -> bool:
-    """Whether it is TensorFlow's for what would be an `OSError` of Python: it writes files of its own."""
-    mine = type(error).__module__ == "tensorflow.python.framework.errors_impl"
-    numbers = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
-    return mine and any(os.strerror(number) in str(error) for number in numbers)
+def _fault_of_files(error: Exception) -> str:
+    """What would be an `OSError` of Python in words, if it is TensorFlow's, which writes files of its own."""
+    if type(error).__module__ != "tensorflow.python.framework.errors_impl":
+        return ""
+    faults = map(os.strerror, (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS))
+    return next((fault for fault in faults if fault in str(error)), "")
 
 
 def _open_streams() -> None:
@@ -236,6 +237,13 @@ def positive_int(text: str) -> int:
     value = int(text) if text.isdecimal() and len(text) < 19 else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, received {text!r}")
+    return value
+
+
+def _batch_size(text: str) -> int:
+    value = positive_int(text)
+    if value > MOST_BATCH:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_BATCH}, received {text!r}")
     return value
 
 
@@ -477,8 +485,12 @@ def _init(args: argparse.Namespace) -> None:
     from mvke_tf.data.draft import draft
     from mvke_tf.io import atomic_write
 
-    name = args.table.name.removesuffix(".gz")
-    out = args.out or args.table.with_name(Path(name).stem + ".toml")
+    # A folder may be named "." or "..".
+    table = args.table if args.table.name not in ("", "..") else args.table.resolve()
+    name = table.name.removesuffix(".gz")
+    out = args.out or table.with_name(f"{Path(name).stem or 'data'}.toml")
+    if out.suffix != ".toml":
+        raise ConfigError(f"The name of a declaration must end in .toml. Received: --out {out}")
     if out.exists() and not args.overwrite:
         raise ConfigError(f"{out} exists. Choose another --out, or --overwrite it.")
     text = draft(args.table, out.parent)
@@ -663,7 +675,7 @@ def _part_option(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     _part_option(parser)
-    parser.add_argument("--batch_size", type=positive_int, default=4096, help="rows per step (default: 4096)")
+    parser.add_argument("--batch_size", type=_batch_size, default=4096, help="rows per step (default: 4096)")
     parser.add_argument("--calibrated", action="store_true", help="with the calibration of `mvke calibrate`")
 
 

@@ -206,11 +206,20 @@ class Run(RunFolder):
         if not self.checkpoint.is_file():
             if self.history():
                 raise self.lost_checkpoint()
-            raise RunError(f"{self.folder} has no checkpoint yet. Train it: {resume_command(self)}")
+            raise RunError(
+                f"{self.folder} has no checkpoint yet: no epoch has finished. Train it: {resume_command(self)}; if its "
+                "loss became infinite, train a new run with a lower --learning_rate."
+            )
         try:
-            return load_model(self.checkpoint)
+            model = load_model(self.checkpoint)
         except (RunError, TypeError, KeyError, AttributeError) as error:
             raise RunError(f"{self.checkpoint} cannot be used: {error} {self.train_anew()}") from error
+        if model.name != self.config.model.name:
+            raise RunError(
+                f"{self.checkpoint} is of another run. Expected the model {self.config.model.name!r} of config.json. "
+                f"Received: {model.name!r}. {self.train_anew()}"
+            )
+        return model
 
     def lost_checkpoint(self) -> RunError:
         """What to raise where epochs have finished and their best checkpoint is gone."""

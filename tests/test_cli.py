@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import runpy
 import shlex
 import subprocess
@@ -307,6 +308,44 @@ def test_init_writes_a_declaration_and_never_over_one(mvke, tmp_path):
     assert code == 0 and "user_id" in output
 
 
+@pytest.mark.parametrize("out", ["log.csv", "log.txt"])
+def test_a_draft_never_replaces_a_table(mvke, tmp_path, out):
+    table = tmp_path / "log.csv"
+    table.write_text("user_id,click\nu1,1\nu2,0\n")
+    before = table.read_bytes()
+    code, _, error = mvke("init", table, "--out", tmp_path / out, "--overwrite")
+    assert code == 2 and "must end in .toml" in error
+    assert table.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+
+
+def test_init_of_the_working_directory(mvke, tmp_path, monkeypatch):
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "a.csv").write_text("user_id,click\nu1,1\nu2,0\n")
+    monkeypatch.chdir(tmp_path / "shop")
+    assert mvke("init", ".")[0] == 0
+    assert (tmp_path / "shop.toml").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["export runs/tiny --output_dir out", "train --resume runs/tiny"])
+def test_a_file_that_may_not_grow_is_one_line(tiny_run, command):
+    """TensorFlow writes files of its own, whose errors are no `OSError`."""
+    line = f"ulimit -f 8; exec {shlex.quote(sys.executable)} -m mvke_tf {command}"
+    folder = tiny_run.folder.parents[1]
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    # TensorFlow logs the failed operation, too.
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(r"error: .*File too large.*", last) and "Traceback" not in done.stderr, done.stderr
+    assert not (folder / "out").exists()
+
+
 def test_a_reader_that_goes_away_is_no_error():
     process = subprocess.Popen(
         [sys.executable, "-c", "from mvke_tf.cli import main; main(['schema'])"],
@@ -382,8 +421,8 @@ def test_a_full_disk_is_one_line_where_tensorflow_writes(capsys):
     full = errors.ResourceExhaustedError(None, None, "runs/a/events; No space left on device")
     assert status(raises(full)) == 2
     assert capsys.readouterr().err == (
-        "error: runs/a/events; No space left on device. What was there before is untouched; make room and run this "
-        "command again.\n"
+        "error: No space left on device, says TensorFlow. What was there before is untouched; make room and run it "
+        "again.\n"
     )
     with pytest.raises(errors.ResourceExhaustedError, match="OOM"):
         run_main(raises(errors.ResourceExhaustedError(None, None, "OOM when allocating")))

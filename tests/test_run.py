@@ -182,7 +182,10 @@ def test_damaged_descriptions_name_the_file(tiny_run, name, contents):
 
 def test_load_model_before_the_first_epoch(tiny_run):
     tiny_run.checkpoint.unlink()
-    with pytest.raises(RunError, match=rf"has no checkpoint yet. Train it: mvke train --resume {tiny_run.folder}$"):
+    with pytest.raises(
+        RunError,
+        match=rf"has no checkpoint yet: .* Train it: mvke train --resume {tiny_run.folder}; if its loss became",
+    ):
         tiny_run.load_model()
 
 
@@ -305,3 +308,11 @@ def test_the_lock_clears_away_what_a_dead_process_left(tiny_run):
 def test_the_command_that_continues_is_quoted(tmp_path):
     assert resume_command(Run("runs/mine")) == "mvke train --resume runs/mine"
     assert resume_command(Run("runs/my run")) == "mvke train --resume 'runs/my run'"
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_run):
+    config = json.loads(tiny_run.config_file.read_text())
+    config["model"]["name"] = "mmoe"
+    tiny_run.config_file.write_text(json.dumps(config))
+    with pytest.raises(RunError, match=r"another run\. Expected the model 'mmoe'.*Received: 'mvke'"):
+        Run.open(tiny_run.folder).load_model()

@@ -1090,6 +1090,12 @@ class Dataset:
     def _check_tasks(self) -> None:
         earlier: list[str] = []
         for task in self.tasks:
+            if f"{task.name}_".startswith("val_"):
+                raise WrongValueError(
+                    f"[tasks.{task.name}]",
+                    "logs put val_ before what is measured on the validation part; choose another name for the task. "
+                    f"Received: {task.name!r}",
+                )
             if task.given is not None and task.given not in earlier:
                 raise WrongValueError(
                     f"[tasks.{task.name}]",

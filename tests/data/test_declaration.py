@@ -694,6 +694,13 @@ WRONG = [
         'column = "age_weights"',
         "",
     ),
+    (
+        {"tasks.val_click": {"label": "click"}},
+        "[tasks.val_click]",
+        "another name for the task",
+        "'val_click'",
+        "",
+    ),
     # histories and statistics
     ({"features.clicks.history": "click"}, "[features.clicks] history", "must be a table", "Received: 'click'", ""),
     ({"features.clicks.history": {}}, "[features.clicks] history", "exactly one of last, counts", "Received: none", ""),

@@ -242,7 +242,7 @@ def test_the_command(tiny_run):
 def test_a_run_that_cannot_be_shown(tiny_run, mvke):
     tiny_run.checkpoint.unlink()
     status, _, errors = mvke("explore", tiny_run.folder, "--port", "0")
-    assert status == 2 and re.fullmatch(r"error: \S+ has no checkpoint yet\. Train it: mvke train .*\n", errors)
+    assert status == 2 and re.fullmatch(r"error: \S+ has no checkpoint yet: .* Train it: mvke train .*\n", errors)
     status, _, errors = mvke("explore", tiny_run.folder / "nothing")
     assert status == 2 and "There is no run at" in errors
 

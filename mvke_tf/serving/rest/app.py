@@ -180,7 +180,8 @@ class Application:
             try:
                 self._check_sender(headers)
             except RequestError as refused:
-                extra = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
+                # What follows on the connection may be the rest of this one.
+                extra = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else {"Connection": "close"}
                 await _json(write_error(str(refused)), refused.status, extra)(scope, receive, send_with_id)
             else:
                 await self._routes(scope, receive, send_with_id)
@@ -197,6 +198,8 @@ class Application:
                 )
 
     def _check_sender(self, headers: Headers) -> None:
+        if "content-length" in headers and "transfer-encoding" in headers:
+            raise RequestError("A body has a length or comes in chunks. Received: Content-Length and Transfer-Encoding")
         host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if self._hosts is not None and host not in self._hosts:
             raise RequestError(

@@ -273,7 +273,7 @@ def _input_specs(function: Any, described: Mapping[str, Any]) -> dict[str, Input
             _text(entry),
             unknown,
             entry.get("example"),
-            entry["ones_like"] if entry.get("ones_like") in specs else None,
+            entry["ones_like"] if isinstance(entry.get("ones_like"), str) and entry["ones_like"] in specs else None,
         )
     return inputs
 

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import io
+import itertools
+import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +15,10 @@ from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+# Of the files of this process.
+_NUMBERS = itertools.count()
 
 
 class EventFolder:
@@ -26,13 +32,21 @@ class EventFolder:
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
-        self._file = EventFileWriter(str(folder))
-        self._file.add_event(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+        # Not `EventFileWriter`: its thread would end with a traceback on a full disk, and the training go on.
+        folder.mkdir(parents=True, exist_ok=True)
+        moment, process = time.time_ns() // 10**9, f"{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        file = open(folder / f"events.out.tfevents.{moment:010d}.{process}", "wb")  # noqa: SIM115
+        self._file = RecordWriter(file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def _write(self, event: Event) -> None:
+        self._file.write(event.SerializeToString())
 
     def add(self, summary: Summary, step: int) -> None:
         """Appends any summary, one of TensorFlow's class too."""
         summary = Summary.FromString(summary.SerializeToString())
-        self._file.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Appends a point to each of several curves."""
