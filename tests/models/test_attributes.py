@@ -64,6 +64,7 @@ def pair(request, tmp_path_factory):
     return model, load_model(path)
 
 
+@pytest.mark.one_backend
 def test_tasks(pair):
     for model in pair:
         assert isinstance(model, TwoTowerModel)
@@ -82,6 +83,7 @@ def test_tasks(pair):
     assert list(pair[1].log_variances.by_task()) == list(pair[1].task_names)
 
 
+@pytest.mark.one_backend
 def test_towers_fields_and_tags(pair):
     for model in pair:
         assert set(model.user_tower.input) == set(USERS) and set(model.item_tower.input) == set(ITEMS)
@@ -97,6 +99,7 @@ def test_towers_fields_and_tags(pair):
             assert_close(items[task].reshape(NUM_ITEMS, -1, width[task]).sum(axis=1), tag)
 
 
+@pytest.mark.one_backend
 def test_gates_and_experts(pair):
     for model in pair:
         if model.name not in SEEN:
@@ -121,6 +124,7 @@ def test_gates_and_experts(pair):
             assert_close(np.sum(mixed * tags[task], axis=1, keepdims=True) + offset, outputs[task])
 
 
+@pytest.mark.one_backend
 def test_virtual_kernels_and_field_attention(pair):
     for model in pair:
         if model.name != "mvke":
