@@ -71,7 +71,7 @@ def main() -> None:
         server.terminate()
         status = server.wait()
     seconds = sorted(second for client in clients for second in client.seconds)
-    slowest, its_start = max((pair for client in clients for pair in zip(client.seconds, client.starts, strict=True)))
+    slowest, its_start = max(pair for client in clients for pair in zip(client.seconds, client.starts, strict=True))
     errors = collections.Counter(error for client in clients for error in client.errors)
     print(
         json.dumps(

@@ -33,6 +33,7 @@ from mvke_tf.run import Run
 from mvke_tf.run_folder import History, best_epoch, is_finished, resume_command
 from mvke_tf.schema import ITEM_SAMPLING, Schema, Task
 from mvke_tf.training.callbacks import EpochLine, EpochWatch, RunKeeper
+from mvke_tf.training.fused_adam import FusedAdam
 from mvke_tf.training.memory import check_memory, describe_memory, table_memory
 from mvke_tf.training.monitoring import MlflowLogger, Monitor
 from mvke_tf.training.row_sparse import RowSparseAdam, row_sparse
@@ -556,7 +557,7 @@ def build_optimizer(
     else:
         if config.gradient_accumulation_steps > 1:
             settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
-        optimizer = (keras.optimizers.AdamW if config.optimizer == "adamw" else keras.optimizers.Adam)(**settings)
+        optimizer = FusedAdam(name=config.optimizer, **settings)
     if config.optimizer == "adamw":
         # Decay would pull the learned weights of the tasks towards 1.
         optimizer.exclude_from_weight_decay(var_names=["log_variances"])

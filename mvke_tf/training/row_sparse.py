@@ -14,6 +14,7 @@ from keras import ops
 from mvke_tf.layers import FieldEmbedding
 from mvke_tf.models.multi_task import MultiTaskModel
 from mvke_tf.schema import Schema
+from mvke_tf.training.fused_adam import FusedAdam
 
 # Of row-wise Adagrad, as in FBGEMM.
 EPSILON = 1e-8
@@ -31,7 +32,7 @@ class RowGradient(NamedTuple):
     values: Any
 
 
-class RowSparseAdam(keras.optimizers.Adam):
+class RowSparseAdam(FusedAdam):
     """Adam, or AdamW, for all variables but embedding tables, of which it updates the touched rows only.
 
     A step touches a row if an entry of its gradient g is not 0: not one that only fills up a batch, or is looked up
