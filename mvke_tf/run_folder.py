@@ -234,14 +234,11 @@ class RunFolder:
         """Who trains the run now, as `"process 12"`, on another host with its name; empty if nobody does."""
         try:
             with open(self.folder / ".lock", encoding="utf-8", errors="replace") as file:
-                match = re.fullmatch(r"(process (\d{1,9})) on (.+)", file.read(256).strip())
-                if match is None:
-                    return ""
-                process, number, host = match.groups()
-                if host != socket.gethostname():
-                    return match[0]
+                owner, number, is_elsewhere = _owner_of(file.read(256))
+                if not owner or is_elsewhere:
+                    return owner
                 # The number may be that of another process by now.
-                return process if process_exists(int(number)) and not _try_lock(file) else ""
+                return f"process {number}" if process_exists(number) and not _try_lock(file) else ""
         except FileNotFoundError:
             return ""
 
@@ -262,11 +259,9 @@ class RunFolder:
         path = self.folder / ".lock"
         with open(path, "a+", encoding="utf-8") as file:
             file.seek(0)
-            owner = file.read(256).strip()
-            host = owner.rpartition(" ")[2]
-            taken = not _try_lock(file)
+            owner, _, is_elsewhere = _owner_of(file.read(256))
             # The system knows the processes of this host only.
-            if taken or (owner and host != socket.gethostname()):
+            if not _try_lock(file) or is_elsewhere:
                 raise RunError(
                     f"{self.folder} is being trained by another process ({owner or 'just started'}). Wait for it, or "
                     f"end it. If it no longer exists, delete {path}."
@@ -309,6 +304,17 @@ def resume_command(run: RunFolder) -> str:
 
 def quoted(path: Path) -> str:
     return shlex.quote(str(path))
+
+
+def _owner_of(text: str) -> tuple[str, int, bool]:
+    """What a lock says: its owner, the number of the process, and whether that is one of another host.
+
+    A process that was killed while it wrote has left a part of it, which says nothing of another host.
+    """
+    match = re.fullmatch(r"process (\d{1,9}) on (.+)", text.strip())
+    if match is None:
+        return "", 0, False
+    return match[0], int(match[1]), not socket.gethostname().startswith(match[2])
 
 
 def _try_lock(file: Any) -> bool:

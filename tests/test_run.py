@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -296,6 +297,17 @@ def test_the_lock_of_a_dead_process_counts_for_nothing_and_that_of_another_host_
         tiny_run.lock(),
     ):
         pass
+
+
+def test_a_half_written_lock_counts_for_nothing(tiny_run):
+    """The process that was killed while it wrote is named by half its number, or is on half of this host."""
+    lock = tiny_run.folder / ".lock"
+    whole = f"process {os.getppid()} on {socket.gethostname()}"
+    for length in range(len(whole) + 1):
+        lock.write_text(whole[:length])
+        assert tiny_run.owner() == ""
+        with tiny_run.lock():
+            assert lock.read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def test_the_lock_clears_away_what_a_dead_process_left(tiny_run):

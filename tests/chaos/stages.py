@@ -151,7 +151,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         if "tfevents" in path.name:
             events.setdefault(path.parent.relative_to(folder).as_posix(), []).append(path)
         elif path.name == "digests.json":
-            contents[name] = sorted(entry[2] for entry in json.loads(path.read_text()).values())
+            contents[name] = sorted(entry[-1] for entry in json.loads(path.read_text()).values())
         elif path.name == "log.csv":
             rows = csv.DictReader(io.StringIO(path.read_text()))
             contents[name] = [{key: value for key, value in row.items() if key != _SPEED} for row in rows]
