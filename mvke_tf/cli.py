@@ -256,6 +256,8 @@ class _Parser(argparse.ArgumentParser):
         given = message.partition("unrecognized arguments: ")[2].split()
         options = [name for action in self._actions for name in action.option_strings]
         hints = [nearest(text.partition("=")[0], options) for text in given if text.startswith("--")]
+        if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            hints.append(nearest(wrong[1], re.findall(r"[\w.-]+", wrong[2])))
         if given and given[0].endswith(".toml") and "--data" in options:
             hints.append(f" Did you mean --data {given[0]}?")
         super().error(message + "".join(hint for hint in hints if hint))
@@ -390,13 +392,17 @@ def read_settings(args: argparse.Namespace, config_file: Path | None = None) -> 
 # --- data and runs --------------------------------------------------------------------------------------------------
 
 
+class _Default(str):
+    """The value of an option that has not been given."""
+
+
 def add_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Adds `--data` with the options of the built-in dataset that it names."""
     from mvke_tf import datasets
 
     parser.add_argument(
         "--data",
-        default=datasets.DEFAULT,
+        default=_Default(datasets.DEFAULT),
         help=f"declaration of a dataset (data.toml), or one of {', '.join(datasets.names())} (default: %(default)s)",
     )
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="tables made and prepared (default: data)")
@@ -417,11 +423,26 @@ def _dataset(args: argparse.Namespace) -> Any:
     """The dataset of a command line, its tables on disk."""
     from mvke_tf import datasets
 
+    here = [path for path in sorted(Path().glob("*.toml")) if _declares(path)]
+    if isinstance(args.data, _Default) and here:
+        raise ConfigError(
+            f"Which data? Without --data it would be {args.data}, and here lies {here[0]}. Add --data {here[0]}, or "
+            f"--data {args.data}."
+        )
     given = {option.name: getattr(args, option.name) for option in datasets.options(args.data)}
     given = {name: value for name, value in given.items() if value is not None}
     dataset = datasets.load(args.data, args.data_dir, **given)
     overrides = {key.partition(".")[2]: value for key, value in assignments(args) if key.startswith("data.")}
     return dataset.replace(overrides) if overrides else dataset
+
+
+def _declares(path: Path) -> bool:
+    """Whether a TOML file is the declaration of a dataset."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return {"source", "features", "tasks"} <= values.keys()
 
 
 def prepared_of(args: argparse.Namespace, overwrite: bool = False) -> Any:

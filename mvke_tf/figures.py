@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +36,9 @@ def line_styles() -> Iterator[dict[str, Any]]:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG, atomically."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; the tables have it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         FigureCanvasAgg(figure).print_figure(temporary, dpi=150)
 
 

@@ -355,8 +355,11 @@ def results_table(report: Report, part: str) -> str:
     cells = [[*names, *(name.replace("_", " ") for name in columns)]]
     for task in report[part]:
         for users, tasks in splits.items():
-            # No row of new users, say, is no row of the table.
-            if task in tasks and (users == "all" or tasks[task].get("rows") != 0):
+            # No row of new users, say, is no row of the table, and then known ones are all.
+            if task not in tasks:
+                continue
+            rows, every = (table[task].get("rows") for table in (tasks, report[part]))
+            if users == "all" or rows is None or every is None or 0 < rows < every:
                 cells.append([*[task, users][: len(names)], *(cell(tasks[task].get(name)) for name in columns)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [

@@ -308,6 +308,27 @@ def test_init_writes_a_declaration_and_never_over_one(mvke, tmp_path):
     assert code == 0 and "user_id" in output
 
 
+def test_built_in_data_are_not_taken_where_a_declaration_lies(mvke, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    (tmp_path / "log.toml").write_text("format = 1\n[source]\n[features]\n[tasks]\n")
+    for command in ("train", "prepare"):
+        code, _, error = mvke(command)
+        assert (
+            code == 2 and error.startswith("error: Which data?") and "Add --data log.toml, or --data movielens" in error
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.toml", "pyproject.toml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [(["trian"], "Did you mean 'train'?"), (["train", "--model", "mvkee"], "Did you mean 'mvke'?"), (["zzz"], "")],
+)
+def test_a_choice_that_is_nearly_right(mvke, arguments, hint):
+    code, _, error = mvke(*arguments)
+    assert code == 2 and "invalid choice" in error and error.rstrip().endswith(hint)
+
+
 @pytest.mark.parametrize("out", ["log.csv", "log.txt"])
 def test_a_draft_never_replaces_a_table(mvke, tmp_path, out):
     table = tmp_path / "log.csv"

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from mvke_tf.data import expressions
-from mvke_tf.data.declaration import PARTS, Dataset, FeatureDeclaration
+from mvke_tf.data.declaration import LACKS, PARTS, Dataset, FeatureDeclaration
 from mvke_tf.data.encoder import EncodedFeature, known_values
 from mvke_tf.data.groups import groups
 from mvke_tf.data.preparation import prepare
@@ -138,6 +138,10 @@ class Report:
             "lllrr",
         )
         lines += [""]
+        for key, number in (("user", self.users), ("item", self.items)):
+            if number is None:
+                note = f"Note: [keys] names no {key}: {LACKS[key]}."
+                lines += textwrap.wrap(note, MOST_WIDTH, subsequent_indent="  ")
         if self.parts is not None:
             lines += [f"Parts: {', '.join(f'{part} {rows:,}' for part, rows in self.parts.items())} rows"]
         if self.unused:

@@ -21,7 +21,7 @@ from typing import Any
 import polars as pl
 
 from mvke_tf.data import files
-from mvke_tf.data.declaration import ENDINGS, MOST_LENGTH, MOST_WIDTH, RESERVED_INPUTS, Dataset
+from mvke_tf.data.declaration import ENDINGS, LACKS, MOST_LENGTH, MOST_WIDTH, RESERVED_INPUTS, Dataset
 from mvke_tf.data.values import MOST_NAME, column, name_words, short, words
 from mvke_tf.errors import DataError, DeclarationError
 from mvke_tf.schema import CONSTANT_ITEM, ITEM_ROWS, SUMMARY_SUFFIX, USER_ROWS, WEIGHTS_SUFFIX
@@ -49,11 +49,17 @@ LEAST_MOMENTS = 10
 # fmt: off
 USER_WORDS = frozenset((
     "user", "member", "customer", "client", "visitor", "account", "person", "uid", "cookie", "subscriber", "viewer",
+    "candidate", "applicant", "listener", "reader", "player", "patient", "student", "learner", "buyer", "shopper",
+    "guest", "traveler", "traveller", "passenger", "employee", "consumer", "household",
 ))
 ITEM_WORDS = frozenset((
     "item", "ad", "product", "movie", "film", "article", "video", "doc", "document", "song", "track", "book", "offer",
-    "creative", "content", "listing", "sku", "post", "news", "asin", "iid", "app", "campaign", "hotel", "banner",
+    "creative", "content", "listing", "sku", "post", "news", "asin", "iid", "app", "campaign", "hotel", "banner", "job",
+    "advert", "vacancy", "podcast", "episode", "series", "recipe", "dish", "game", "course", "lesson", "restaurant",
+    "venue", "property", "vehicle", "coupon", "deal", "photo", "image", "clip", "playlist", "artist", "album", "plant",
+    "package", "destination",
 ))
+ID_ENDS = (("id",), ("uid",), ("uuid",), ("key",), ("hash",))
 KEY_WORDS = frozenset(("id", "key", "hash", "uuid", "no", "nr", "number", "code"))
 TIME_WORDS = frozenset(("time", "timestamp", "ts", "datetime", "date", "at", "moment", "when", "day"))
 BINARY_WORDS = frozenset((
@@ -270,14 +276,20 @@ class _Log:
             return min(fitting)[-1] if fitting else None
 
         user, item = best(USER_WORDS), best(ITEM_WORDS)
+        # Other ids that repeat, that with the most values first: there are more users than items.
+        others = [
+            (-one.values.n_unique(), position, one)
+            for position, one in enumerate(keys)
+            if one is not user
+            and one is not item
+            and one.words[-1:] in ID_ENDS
+            and 1 < one.values.n_unique() <= self.rows / 2
+        ]
+        left = [one for *_, one in sorted(others)]
+        if user is None and (item is not None or len(left) > 1):
+            user = left.pop(0) if left else None
         if user is not None and item is None:
-            # Some other id that repeats, the one with the most values.
-            others = [
-                (one.values.n_unique(), -position, one)
-                for position, one in enumerate(keys)
-                if one is not user and one.words[-1:] == ("id",) and 1 < one.values.n_unique() <= self.rows / 2
-            ]
-            item = max(others)[-1] if others else None
+            item = left.pop(0) if left else None
         return user, item
 
     def _find_item_name(self) -> _Column | None:
@@ -494,7 +506,8 @@ class _Draft:
         yield "[keys]"
         for key, one in (("user", log.user), ("item", log.item)):
             if one is None:
-                yield f'# {key} = "..."  # the column with the id of the {key}, if there is one'
+                yield f"# guess: no column looks like the id of the {key}. If one is, name it: without, {LACKS[key]}."
+                yield f'# {key} = "..."'
             else:
                 yield f"{key} = {_toml(one.name)}  # guess: {one.values.n_unique():,} values"
         if log.item_name is not None:

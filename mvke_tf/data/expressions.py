@@ -115,6 +115,11 @@ def columns(text: str, where: str = "condition") -> tuple[str, ...]:
     return tuple(dict.fromkeys(_parse(text, where).meta.root_names()))
 
 
+def _quoted(text: str) -> str:
+    """How a text that may be the name of a column is written in TOML, whose own quotes are not enough."""
+    return f", inside TOML's own: '\"{text}\"'" if re.fullmatch(r"[\w .:/%#&€$?!№-]{1,60}", text) else ""
+
+
 def _parse(text: str, where: str) -> pl.Expr:
     if not isinstance(text, str) or not text.strip() or len(text) > MOST_TEXT:
         raise DeclarationError(
@@ -135,7 +140,7 @@ def _parse(text: str, where: str) -> pl.Expr:
         reason = " ".join(str(error).split())
         raise DeclarationError(
             f"{where} must be a column or a SQL condition; a column of another name than letters, digits and _ is "
-            f"written in double quotes. Received: {short(text)} ({reason[:120]})"
+            f"written in double quotes{_quoted(text)}. Received: {short(text)} ({reason[:120]})"
         ) from error
     if not names or several:
         raise DeclarationError(f"{where} must be one value, of at least one column. Received: {short(text)}")

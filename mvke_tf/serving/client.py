@@ -74,6 +74,9 @@ def checked_inputs(signature: Mapping[str, Any], inputs: Mapping[str, Any]) -> d
         name: field["ones_like"] for name, field in fields.items() if "ones_like" in field and name not in inputs
     }
     inputs = {**inputs, **{name: _ones(inputs[of]) for name, of in left_out.items() if of in inputs}}
+    rows = next((len(inputs[name]) for name, field in fields.items() if field["shape"] and name in inputs), 0)
+    optional = [name for name, field in fields.items() if field.get("optional") and name not in inputs]
+    inputs |= {name: np.zeros((rows, 0), fields[name]["dtype"].replace("string", "U1")) for name in optional}
     missing = sorted(set(fields) - set(inputs))
     unknown = {
         name: difflib.get_close_matches(name, missing or fields, 1) for name in sorted(set(inputs) - set(fields))

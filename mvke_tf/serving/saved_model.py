@@ -127,7 +127,7 @@ class ServingModule(tf.Module):
         elif self._gates is None:
             lines.append("Without the signature gate_weights: its gates read the item, which has no features.")
         if self.catalogue is None:
-            lines.append("Without the signatures score_ids and recommend: no catalogue of items was given.")
+            lines.append("Without the signatures score_ids and recommend: [keys] names no item, or no item is known.")
         elif not self._ranked:
             lines.append("Without the signature recommend: a multi-class task does not rank items.")
         return lines
@@ -227,13 +227,19 @@ class ServingModule(tf.Module):
             f" ends with empty places: id {padding}, name '', prediction 0.",
             with_inputs(
                 features,
-                k=TensorField("int32", (), "number of items per user, at least 1; more than the catalogue means all"),
-                task=TensorField("string", (), f"name of the task to rank by, one of: {', '.join(self._ranked)}"),
+                k=TensorField(
+                    "int32", (), "number of items per user, at least 1; more than the catalogue means all", example=10
+                ),
+                task=TensorField(
+                    *("string", (), f"name of the task to rank by, one of: {', '.join(self._ranked)}"),
+                    example=self._ranked[0],
+                ),
                 exclude=TensorField(
                     catalogue.dtype,
                     (-1, -1),
                     "ids of items to leave out per user, (n, e); (n, 0) leaves out nothing; an id that is not in the "
                     f"catalogue has no effect and fills up shorter lists, for example {padding}",
+                    optional=True,
                 ),
             ),
             {

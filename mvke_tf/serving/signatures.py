@@ -36,6 +36,7 @@ class TensorField:
         unknown: What stands for "unknown" in it, `"NaN"` for that number; None if nothing does.
         example: A legal value of one row, if one is known.
         ones_like: Of weights, the list whose slots weigh 1 each where the server or the client is not given them.
+        optional: Whether the server and the client take an empty list for each row where they are not given it.
     """
 
     dtype: str
@@ -44,6 +45,7 @@ class TensorField:
     unknown: str | int | None = None
     example: Any = None
     ones_like: str | None = None
+    optional: bool | None = None
 
     def spec(self, name: str) -> tf.TensorSpec:
         """The same for TensorFlow."""

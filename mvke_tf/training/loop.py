@@ -42,6 +42,8 @@ from mvke_tf.training.validation import Validation
 
 LOGGER = logging.getLogger(__name__)
 
+# Batches of an epoch below which a learning rate that falls with every epoch may fall before much is learned.
+FEW_BATCHES = 100
 # What file systems take, less what is added while it is written.
 MOST_NAME_BYTES = 200
 # Rows of distinct entities are filled up to a multiple, because every new shape costs a compilation.
@@ -285,6 +287,12 @@ class _Training:
             *(self.plain.name, f"{self.plain.count_params():,}", *self._megabytes()),
             *(f"{len(data):,}", f"{self.batches.steps:,}", f"{len(self.parts['validation']):,}"),
         )
+        if self.batches.steps * config.learning_rate_decay_epochs < FEW_BATCHES and config.learning_rate_decay < 0.9:
+            LOGGER.info(
+                "Note: the learning rate falls to %g of itself after every %d batches. If the score soon stands still, "
+                "try --learning_rate_decay 0.95.",
+                *(config.learning_rate_decay, self.batches.steps * config.learning_rate_decay_epochs),
+            )
         if config.gradient_accumulation_steps > self.batches.steps:
             LOGGER.info(
                 "Note: gradient_accumulation_steps %d is more than the %d batches of an epoch; some epochs end without "

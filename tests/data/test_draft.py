@@ -532,3 +532,39 @@ def test_a_table_of_one_day_is_not_split_by_time(tmp_path):
     declared = drafted(table, tmp_path / "log.parquet")
     assert declared.split.by == "random"
     assert "has no row" not in check(declared).table()
+
+
+def jobs(**names) -> pl.DataFrame:
+    random = np.random.default_rng(0)
+    user, item = random.integers(0, 200, 3_000), random.integers(0, 60, 3_000)
+    columns = {
+        "request": [f"r{row}" for row in range(3_000)],
+        "user": [f"c{u}" for u in user],
+        "item": item + 1_000,
+        "age": random.integers(18, 65, 200)[user],
+        "salary": np.round(random.random(60) * 1e5)[item],
+        "opened": (random.random(3_000) < 0.3).astype(int),
+    }
+    return pl.DataFrame({names.get(name, name): values for name, values in columns.items()})
+
+
+@pytest.mark.parametrize(
+    ("user", "item"),
+    [("Candidate ID", "Job Ad ID"), ("candidate_id", "job_id"), ("kunde_id", "anzeige_id"), ("user_id", "anzeige_id")],
+)
+def test_keys_of_any_name_that_ends_like_one(tmp_path, user, item):
+    declared = drafted(jobs(request="request_id", user=user, item=item), tmp_path / "log.csv")
+    assert (declared.keys.user, declared.keys.item) == (user, item)
+    towers = {feature.source_column: feature.tower for feature in declared.features}
+    assert towers["age"] == "user" and towers["salary"] == "item"
+
+
+def test_a_draft_without_keys_says_what_is_the_matter(tmp_path):
+    declared = drafted(jobs(user="wer", item="was"), tmp_path / "log.csv")
+    assert declared.keys.user is None and declared.keys.item is None
+    text = (tmp_path / "log.toml").read_text()
+    assert "# guess: no column looks like the id of the user. If one is, name it: without, every row is" in text
+    assert "# guess: no column looks like the id of the item. If one is, name it: without, no items" in text
+    shown = check(declared).table()
+    assert "Note: [keys] names no user: every row is a user of its own" in shown
+    assert "Note: [keys] names no item: no items can be recommended." in shown

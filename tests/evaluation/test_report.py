@@ -254,11 +254,19 @@ def test_results_table_is_aligned():
     report = {"test": tasks, "test_warm_users": tasks, "test_cold_users": nobody, "validation": tasks}
     lines = results_table(report, "test").splitlines()
     assert lines[0].split("  ")[0] == "task"
-    assert [line.split()[:2] for line in lines[2:]] == [
-        *(["click", "all"], ["click", "warm"], ["buy", "all"], ["buy", "warm"]),
+    # Without new users, known ones are all.
+    assert [line.split()[:2] for line in lines[2:]] == [["click", "all"], ["buy", "all"]]
+    few = {**metrics, "rows": 45}
+    report |= {
+        "test_warm_users": {"click": {**metrics, "rows": 12300}, "buy": tasks["buy"]},
+        "test_cold_users": {"click": few},
+    }
+    with_new = results_table(report, "test").splitlines()
+    assert [line.split()[:2] for line in with_new[2:]] == [
+        *(["click", "all"], ["click", "warm"], ["click", "cold"], ["buy", "all"]),
     ]
     assert len({len(line) for line in lines}) == 1
-    assert lines[4].split() == ["buy", "all", "12,345", "9", "0.5000", "0.2500", "-", "0.6931", "0.0100"]
+    assert lines[3].split() == ["buy", "all", "12,345", "9", "0.5000", "0.2500", "-", "0.6931", "0.0100"]
     assert lines[2].split() == ["click", "all", "12,345", "9", "0.5000", "-", "-", "0.6931", "0.0100"]
     assert [cell(value) for value in (0.5, 12345, None)] == ["0.5000", "12,345", "-"]
 

@@ -152,7 +152,9 @@ def test_a_model_without_gates_has_all_other_signatures(encoder, name, tasks):
 def test_without_a_catalogue_nothing_is_known_by_id(encoder, conditional):
     serving = ServingModule(conditional, encoder)
     assert sorted(serving.signatures()) == ["gate_weights", "item_vectors", "serving_default", "user_vectors"]
-    assert serving.left_out() == ["Without the signatures score_ids and recommend: no catalogue of items was given."]
+    assert serving.left_out() == [
+        "Without the signatures score_ids and recommend: [keys] names no item, or no item is known."
+    ]
     assert serving.describe_catalogue() is None
 
 
@@ -250,7 +252,7 @@ def test_data_without_items(name, elsewhere, tmp_path, caplog):
     assert caplog.messages == [
         "Without the signature item_vectors: the data have no features of items.",
         *([reasons[name]] if name in reasons else []),
-        "Without the signatures score_ids and recommend: no catalogue of items was given.",
+        "Without the signatures score_ids and recommend: [keys] names no item, or no item is known.",
     ]
 
 

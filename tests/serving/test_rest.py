@@ -272,7 +272,7 @@ def test_malformed_requests_get_a_message_and_the_next_good_one_an_answer(client
         ),
         (
             changed(items_weights=[1.0]),
-            "The model refuses the inputs: assertion failed: [items and items_weights] [Condition x == y",
+            "The model refuses the inputs: items and items_weights Condition x == y",
         ),
         ({**GOOD, "signature_name": "nowhere"}, "'serving_default', 'strange', 'top', 'total']. Received: \"nowhere\""),
     ],
@@ -724,12 +724,40 @@ def test_weights_of_unweighted_lists_may_be_left_out(request_):
     assert arrays["tags_weights"].tolist() == expected and arrays["tags_weights"].dtype == np.float32
 
 
+def test_null_is_an_empty_list():
+    for request_ in ({"instances": [{"tags": None, "age": 1}]}, {"inputs": {"tags": [None], "age": [1]}}):
+        arrays = arrays_of(request_)
+        assert arrays["tags"].shape == arrays["tags_weights"].shape == (1, 0)
+    with pytest.raises(RequestError, match=r"inputs\.tags must be a list.*Received: null"):
+        arrays_of({"inputs": {"tags": None, "age": [1]}})
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"inputs": {"age": [1, 2], "k": 3}},
+        {"inputs": {"age": [1, 2], "k": 3, "exclude": [[], []]}},
+        {"instances": [{"age": 1}, {"age": 2}]},
+    ],
+)
+def test_what_is_optional_is_an_empty_list_per_row(request_):
+    specs = {
+        "age": InputSpec("age", "float32", (None,)),
+        "exclude": InputSpec("exclude", "int64", (None, None), optional=True),
+    }
+    if "inputs" in request_:
+        specs["k"] = InputSpec("k", "int32", ())
+    arrays = read_arrays(parse_request(json.dumps(request_).encode()), specs, 10, 100)
+    assert list(arrays) == list(specs) and arrays["exclude"].shape == (2, 0) and arrays["exclude"].dtype == np.int64
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"instances": [{"age": 1}]}, r"instances\[0\] lacks 'tags' .*, 'tags_weights' "),
+        # Not the weights, which may be left out.
+        ({"instances": [{"age": 1}]}, r"instances\[0\] lacks 'tags' \(string \[any, any\]\)\. Received"),
         ({"instances": [{"age": 1, "tags": "a"}]}, r"instances\[0\]\.tags must be a list"),
-        ({"inputs": {"age": [1], "tags": "a"}}, r"inputs lacks 'tags_weights'"),
+        ({"inputs": {"age": [1], "tags": "a"}}, r"inputs\.tags must be a list"),
         ({"inputs": {"age": [1], "tags": ["a"]}}, r"inputs\.tags\[0\] must be a list"),
         ({"instances": [{"age": 1, "tags": ["a"], "tag": 1}]}, r"Received also: .*tag"),
     ],

@@ -213,6 +213,12 @@ def test_the_newest_version_is_found(toy_export, tmp_path):
         newest_version(tmp_path / "notes" / "nowhere")
 
 
+def test_a_run_without_an_export_says_how_to_make_one(tiny_run):
+    for path in (tiny_run.folder, tiny_run.folder / "export"):
+        with pytest.raises(DataError, match=f"has not been exported yet: mvke export {tiny_run.folder}$"):
+            newest_version(path)
+
+
 def test_a_damaged_export_is_refused(tmp_path):
     (tmp_path / "saved_model.pb").write_bytes(b"\x00damaged")
     with pytest.raises(DataError, match="no SavedModel that can be loaded at"):
@@ -501,7 +507,7 @@ class Process:
         while not self.lines or not self.lines[-1].startswith("Ctrl-C"):
             self.lines.append(self.process.stdout.readline())
             assert self.lines[-1], self.process.communicate()[1]
-        found = re.search(r"Serving version \d+ at (http://127\.0\.0\.1:\d+/v1/models/mvke) ", "".join(self.lines))
+        found = re.search(r"Serving version \d+ at (http://127\.0\.0\.1:\d+/v1/models/mvke)\s", "".join(self.lines))
         self.base = found[1]
         self.address = ("127.0.0.1", httpx.URL(self.base).port)
 

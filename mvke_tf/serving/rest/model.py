@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,8 @@ class ServedModel:
             # What stands before and after it names nodes of the graph.
             message = error.message.rpartition("<stack traces unavailable>\n")[2].partition("\n\t [[")[0]
             status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
-            raise RequestError(f"The model refuses the inputs: {' '.join(message.split())}", status) from error
+            message = re.sub(r"^assertion failed: \[(.*)\]$", r"\1", " ".join(message.split())).replace("] [", " ")
+            raise RequestError(f"The model refuses the inputs: {message}", status) from error
         except UnicodeDecodeError as error:
             # TensorFlow repeats the inputs in its message, which it then cannot read.
             raise RequestError(
@@ -236,7 +238,7 @@ class ServedModel:
     def example(self, signature: str) -> dict[str, Any]:
         """A request with one row, of the examples in `signatures.json` or made up: a warm-up and a pattern."""
         specs = self.inputs(signature)
-        columns = {name: _example(spec) for name, spec in specs.items() if spec.ones_like is None}
+        columns = {name: _example(spec) for name, spec in specs.items() if spec.ones_like is None and not spec.optional}
         request = {} if signature == DEFAULT_SIGNATURE else {"signature_name": signature}
         if any(spec.shape == () for spec in specs.values()):
             return {**request, "inputs": columns}
@@ -274,6 +276,7 @@ def _input_specs(function: Any, described: Mapping[str, Any]) -> dict[str, Input
             unknown,
             entry.get("example"),
             entry["ones_like"] if isinstance(entry.get("ones_like"), str) and entry["ones_like"] in specs else None,
+            entry.get("optional") is True and shape.rank == 2,
         )
     return inputs
 
@@ -290,8 +293,8 @@ def _tensor_info(info: Any) -> dict[str, Any]:
 
 
 def _example(spec: InputSpec) -> Any:
-    if spec.shape and spec.example is not None:
-        return [spec.example]
+    if spec.shape is not None and spec.example is not None:
+        return [spec.example] if spec.shape else spec.example
     kind = tf.as_dtype(spec.dtype)
     value: Any = "a" if kind == tf.string else True if kind == tf.bool else 1.0 if kind.is_floating else 1
     for size in reversed(spec.shape if spec.shape is not None else (1,)):

@@ -75,6 +75,7 @@ class InputSpec:
         unknown: The value that `null` stands for; None if it stands for nothing.
         example: A legal value of one row, if one is known.
         ones_like: The list whose slots it gives a weight of 1 each where it is left out; None if it may not be.
+        optional: Whether it is an empty list for each row where it is left out.
     """
 
     name: str
@@ -84,6 +85,7 @@ class InputSpec:
     unknown: Any = None
     example: Any = None
     ones_like: str | None = None
+    optional: bool = False
 
     def __str__(self) -> str:
         axes = (
@@ -234,7 +236,11 @@ def _columns(values: Any, inputs: Mapping[str, InputSpec]) -> dict[str, Any]:
             for spec in _left_out(values, inputs)
             if isinstance(values[spec.ones_like], list)
         }
-        values = {**values, **weights}
+        rows = next((len(values[n]) for n, s in inputs.items() if s.shape != () and isinstance(values.get(n), list)), 0)
+        empty: dict[str, Any] = {
+            name: [[]] * rows for name, spec in inputs.items() if spec.optional and name not in values
+        }
+        values = {**values, **weights, **empty}
         _check_names(values, inputs, INPUTS)
         return values
     if len(inputs) != 1:
@@ -268,7 +274,8 @@ def _columns_of_rows(rows: Any, inputs: Mapping[str, InputSpec], max_rows: int) 
     rows = list(rows)
     for number, row in enumerate(rows):
         if row.keys() != inputs.keys():
-            rows[number] = row | {spec.name: _ones(row[spec.ones_like]) for spec in _left_out(row, inputs)}
+            none: dict[str, Any] = {name: [] for name, spec in inputs.items() if spec.optional and name not in row}
+            rows[number] = row | none | {spec.name: _ones(row[spec.ones_like]) for spec in _left_out(row, inputs)}
             _check_names(rows[number], inputs, f"{INSTANCES}[{number}]")
     return {name: [row[name] for row in rows] for name in inputs}
 
@@ -280,11 +287,12 @@ def _left_out(values: Mapping[str, Any], inputs: Mapping[str, InputSpec]) -> lis
 
 def _ones(slots: Any) -> Any:
     """A weight of 1 for each slot; what is no list stays, and is refused under the name of the list."""
-    return [1.0] * len(slots) if isinstance(slots, list) else slots
+    return [1.0] * len(slots or ()) if isinstance(slots, list) or slots is None else slots
 
 
 def _check_names(values: Mapping[str, Any], inputs: Mapping[str, InputSpec], where: str) -> None:
-    missing = [spec for name, spec in inputs.items() if name not in values]
+    # Weights that may be left out are not asked for beside their list.
+    missing = [spec for name, spec in inputs.items() if name not in values and spec.ones_like is None]
     if missing:
         # In full where that helps, by name where it would bury the message.
         listed = ", ".join(str(spec) if len(missing) <= 3 else repr(spec.name) for spec in missing)
@@ -299,6 +307,9 @@ def _array(spec: InputSpec, value: Any, by_rows: bool, max_values: int) -> np.nd
     flat: list[Any] = [value]
     shape: list[int] = []
     while len(shape) < len(spec.shape) if spec.shape is not None else flat and isinstance(flat[0], list):
+        if shape and spec.unknown is not None:
+            # Of a list, null is the empty one.
+            flat = [[] if item is None else item for item in flat]
         wrong = _first(flat, lambda item: type(item) is not list)
         if wrong is not None:
             raise RequestError(

@@ -77,14 +77,14 @@ def serve(
         hosts = _allowed(bound, host, token, allowed_hosts)
         # TensorFlow takes seconds to import: only after the arguments have proved right.
         model = _load_newest(versions, limits)
-        for signature, description in model.descriptions.items():
-            logger.info("  %s: %s" if description else "  %s%s", signature, description)
         application = Application(model, name, limits, token, hosts, log_requests)
         bound.listen(limits.connections)
         address = f"{url(bound)}/v1/models/{name}"
-        logger.info("Serving version %d at %s   (its signatures: %s/metadata)", model.version, address, address)
-        example = curl(address + ":predict", model.example(model.default_signature), token is not None)
-        logger.info("Try it: %s", example)
+        logger.info("Serving version %d at %s", model.version, address)
+        logger.info("Signatures, with what they take at %s/metadata: %s", address, ", ".join(model.descriptions))
+        for title, signature in (("Try it", model.default_signature), ("Recommend", "recommend")):
+            if signature in model.descriptions:
+                logger.info("%s: %s", title, curl(address + ":predict", model.example(signature), token is not None))
         logger.info("Ctrl-C stops it.")
         watch = Watch(model_dir, model.folder, application, reload_seconds) if reload_seconds else None
         run(application, bound, watch)
@@ -124,6 +124,9 @@ def versions_of(path: Path) -> list[Path]:
             return [folder]
         if versions:
             return sorted(versions, key=lambda folder: int(folder.name), reverse=True)
+    for run in (path, path.parent):
+        if (run / "config.json").is_file():
+            raise DataError(f"{run} has not been exported yet: mvke export {shlex.quote(str(run))}")
     raise DataError(
         "Expected a folder of versions of a SavedModel, such as `mvke export` makes (runs/<name>/export with 1/ in "
         f"it), or one version. Received: {path}"
