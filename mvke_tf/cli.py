@@ -1204,7 +1204,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     lines = ["From a table to a served multi-task model."]
     for title, group in _COMMANDS.items():
         lines += ["", f"{title}:", *(f"    {name:<9} {_words(command)}" for name, command in group.items())]
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mvke",
         usage="mvke [--help] [--version] COMMAND ...",
         description="\n".join(lines),
