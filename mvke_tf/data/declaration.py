@@ -82,12 +82,12 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 # Inputs of a model that are no feature.
 _RESERVED = frozenset({USER_ROWS, ITEM_ROWS, ITEM_SAMPLING, CONSTANT_ITEM})
 # And of features, what the signatures of an export take besides them; and what is no name of an argument.
+RESERVED_INPUTS = frozenset({"exclude", "item_ids", "k", "self", "task", *keyword.kwlist})
 # What is the matter without a key.
 LACKS = {
     "user": "every row is a user of its own, without a history and without profiles",
     "item": "no items can be recommended",
 }
-RESERVED_INPUTS = frozenset({"exclude", "item_ids", "k", "self", "task", *keyword.kwlist})
 # Legal words of a key.
 _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("Source", "format"): FORMATS,
