@@ -2,6 +2,7 @@
 """The process of the server: connections, versions, signals."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import httpx
@@ -35,6 +37,7 @@ from mvke_tf.serving.rest.server import (
     load,
     newest_version,
     serve,
+    settle,
     url,
     versions_of,
 )
@@ -353,6 +356,31 @@ def test_an_older_version_is_served_where_the_newest_cannot_be_loaded(toy_export
     assert text.startswith(f"An older version is served: There is no SavedModel that can be loaded at {tmp_path / '9'}")
     with pytest.raises(DataError, match="no SavedModel"):
         _load_newest([tmp_path / "9"], Limits())
+
+
+def test_what_is_loaded_is_left_out_of_collections_of_garbage(toy_export, tmp_path):
+    """And what goes with an older version is not kept."""
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    shutil.copytree(toy_export / "7", tmp_path / "7")
+    app = Application(ServedModel(tmp_path / "7"))
+    watch = Watch(tmp_path, tmp_path / "7", app, 10)
+    try:
+        held = Cycle()
+        settle()
+        assert gc.get_freeze_count() > 100_000
+        gone = weakref.ref(held)
+        del held
+        gc.collect()
+        assert gone() is not None
+        shutil.copytree(toy_export / "7", tmp_path / "8")
+        watch.look()
+        assert app.model.version == 8 and gone() is None and gc.get_freeze_count() > 100_000
+    finally:
+        gc.unfreeze()
 
 
 def test_a_pipe_is_no_version(toy_export, tmp_path):
