@@ -553,7 +553,8 @@ class Process:
 def test_the_process_survives_bad_clients_and_stops_on_sigterm(toy_export, tmp_path):
     shutil.copytree(toy_export / "7", tmp_path / "7")
     with Process(tmp_path) as server:
-        assert "  serving_default: scores\n" in server.lines
+        signatures = "echo, half_plus_two, serving_default, strange, top, total"
+        assert f"Signatures, with what they take at {server.base}/metadata: {signatures}\n" in server.lines
         assert any(
             line.startswith("Try it: curl -d ") and line.endswith(f"{server.base}:predict\n") for line in server.lines
         )

@@ -240,9 +240,8 @@ def _columns(values: Any, inputs: Mapping[str, InputSpec]) -> dict[str, Any]:
         empty: dict[str, Any] = {
             name: [[]] * rows for name, spec in inputs.items() if spec.optional and name not in values
         }
-        values = {**values, **weights, **empty}
-        _check_names(values, inputs, INPUTS)
-        return values
+        _check_names(values, inputs, INPUTS, {**weights, **empty})
+        return {**values, **weights, **empty}
     if len(inputs) != 1:
         raise RequestError(
             f"{INPUTS!r} must be an object, because the signature has the inputs {sorted(inputs)}. "
@@ -275,8 +274,9 @@ def _columns_of_rows(rows: Any, inputs: Mapping[str, InputSpec], max_rows: int) 
     for number, row in enumerate(rows):
         if row.keys() != inputs.keys():
             none: dict[str, Any] = {name: [] for name, spec in inputs.items() if spec.optional and name not in row}
-            rows[number] = row | none | {spec.name: _ones(row[spec.ones_like]) for spec in _left_out(row, inputs)}
-            _check_names(rows[number], inputs, f"{INSTANCES}[{number}]")
+            none |= {spec.name: _ones(row[spec.ones_like]) for spec in _left_out(row, inputs)}
+            _check_names(row, inputs, f"{INSTANCES}[{number}]", none)
+            rows[number] = row | none
     return {name: [row[name] for row in rows] for name in inputs}
 
 
@@ -290,9 +290,12 @@ def _ones(slots: Any) -> Any:
     return [1.0] * len(slots or ()) if isinstance(slots, list) or slots is None else slots
 
 
-def _check_names(values: Mapping[str, Any], inputs: Mapping[str, InputSpec], where: str) -> None:
+def _check_names(
+    values: Mapping[str, Any], inputs: Mapping[str, InputSpec], where: str, filled: Mapping[str, Any]
+) -> None:
+    """That a request has all inputs but those that are filled in, and no others."""
     # Weights that may be left out are not asked for beside their list.
-    missing = [spec for name, spec in inputs.items() if name not in values and spec.ones_like is None]
+    missing = [spec for name, spec in inputs.items() if name not in {**values, **filled} and spec.ones_like is None]
     if missing:
         # In full where that helps, by name where it would bury the message.
         listed = ", ".join(str(spec) if len(missing) <= 3 else repr(spec.name) for spec in missing)
