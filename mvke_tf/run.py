@@ -214,11 +214,6 @@ class Run(RunFolder):
             model = load_model(self.checkpoint)
         except (RunError, TypeError, KeyError, AttributeError) as error:
             raise RunError(f"{self.checkpoint} cannot be used: {error} {self.train_anew()}") from error
-        if model.name != self.config.model.name:
-            raise RunError(
-                f"{self.checkpoint} is of another run. Expected the model {self.config.model.name!r} of config.json. "
-                f"Received: {model.name!r}. {self.train_anew()}"
-            )
         return model
 
     def lost_checkpoint(self) -> RunError:

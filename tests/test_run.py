@@ -320,11 +320,3 @@ def test_the_lock_clears_away_what_a_dead_process_left(tiny_run):
 def test_the_command_that_continues_is_quoted(tmp_path):
     assert resume_command(Run("runs/mine")) == "mvke train --resume runs/mine"
     assert resume_command(Run("runs/my run")) == "mvke train --resume 'runs/my run'"
-
-
-def test_a_checkpoint_of_another_model_is_refused(tiny_run):
-    config = json.loads(tiny_run.config_file.read_text())
-    config["model"]["name"] = "mmoe"
-    tiny_run.config_file.write_text(json.dumps(config))
-    with pytest.raises(RunError, match=r"another run\. Expected the model 'mmoe'.*Received: 'mvke'"):
-        Run.open(tiny_run.folder).load_model()

@@ -45,6 +45,14 @@ class CounterfactualRisk(keras.layers.Layer):
     Raises:
         ValueError: If the method is another one.
 
+    Example:
+
+    >>> layer = CounterfactualRisk("buy", "click")
+    >>> values = layer(np.zeros((1, 1)), np.zeros((1, 1)), np.ones((1, 2)), np.ones((1, 2)))
+    >>> ones = np.ones((1, 1))
+    >>> round(float(layer.added_loss({"click": ones, "buy": ones}, values)), 4)  # ln 2 / 0.5
+    1.3863
+
     Reference: Wang et al., SIGIR 2022, section 4 (ESCM²).
     """
 

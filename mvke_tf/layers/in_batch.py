@@ -32,6 +32,13 @@ class InBatchSoftmax(keras.layers.Layer):
     Returns:
         The loss that each row has where it is positive, `(B, 1)`, in nats.
 
+    Example:
+
+    >>> layer = InBatchSoftmax("click")
+    >>> values = layer(np.zeros((2, 3)), np.zeros((2, 3)), np.array([[0.0, 0.0], [0.0, 1.0]]))
+    >>> [round(float(value), 4) for value in values[:, 0]]  # one of two equal items
+    [0.6931, 0.6931]
+
     Reference: Yi et al., RecSys 2019, equations 3 to 5.
     """
 
