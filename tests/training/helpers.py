@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several tests of training share."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mvke_tf.config import ModelConfig, TrainingConfig
+from mvke_tf.run import Run
 
 MODEL = ModelConfig(embedding_dim=8, hidden_dims=(8,), dropout_rate=0.3)
 TRAINING = TrainingConfig(epochs=3, batch_size=32, patience=0, seed=5)
@@ -21,6 +24,19 @@ def eagerly(test: Callable) -> Callable:
 def state(run):
     with np.load(run.state_file) as file:
         return {name: file[name] for name in file.files if name not in ("history", "names")}
+
+
+def copy_of_state(folder: Path, monkeypatch: pytest.MonkeyPatch, wanted: Callable = lambda history, progress: True):
+    """The run that is left where training is killed after the first state that is wanted; train another to get it."""
+    copied, save_state = Run(folder), Run.save_state
+
+    def save_and_copy(run, model, history, progress=None):
+        save_state(run, model, history, progress)
+        if not folder.exists() and wanted(history, progress):
+            shutil.copytree(run.folder, folder)
+
+    monkeypatch.setattr(Run, "save_state", save_and_copy)
+    return copied
 
 
 def assert_same_state(first, second):

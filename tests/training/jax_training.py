@@ -2,17 +2,15 @@
 """Training under JAX. `test_backend_jax.py` runs this file in a process of that backend; nothing else collects it."""
 
 import logging
-import shutil
 
 import keras
 import numpy as np
 import pytest
 
 from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
-from mvke_tf.run import Run
 from mvke_tf.training import train, train_run
 from tests.small import small_prepared
-from tests.training.helpers import assert_same_state, state
+from tests.training.helpers import assert_same_state, copy_of_state, state
 
 # Batches of one shape, because each costs a compilation: there are 7 x 48 training rows, and 48 rows hold no more
 # distinct users or items than the multiple to which they are filled up. After seven batches of which two make an
@@ -40,14 +38,9 @@ def test_deduplicated_accumulated_training_with_uncertainty_weights_learns_and_r
     assert keras.backend.backend() == "jax"
     prepared = small_prepared()
     assert len(prepared.part_rows("train")) == 7 * 48
-    save_state, interrupted = Run.save_state, Run(tmp_path / "runs" / "interrupted")
-
-    def save_and_copy(run, model, history, progress=None):
-        save_state(run, model, history, progress)
-        if len(history) == 1 and progress and not interrupted.folder.exists():
-            shutil.copytree(run.folder, interrupted.folder)
-
-    monkeypatch.setattr(Run, "save_state", save_and_copy)
+    interrupted = copy_of_state(
+        tmp_path / "runs" / "interrupted", monkeypatch, lambda history, progress: len(history) == 1 and progress
+    )
     unbroken = train(prepared, CONFIG, "unbroken", tmp_path / "runs", tmp_path / "data")
     losses = [epoch["loss"] for epoch in unbroken.history]
     assert losses[2] < losses[1] < losses[0] - 0.05

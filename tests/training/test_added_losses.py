@@ -2,7 +2,6 @@
 """Training with what is added to the losses of the tasks, as a run."""
 
 import dataclasses
-import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from mvke_tf.schema import ITEM_SAMPLING
 from mvke_tf.training import train_run
 from mvke_tf.training.loop import _with_sampling, build_training_model
 from tests.small import small_schema
-from tests.training.helpers import MODEL, TRAINING, assert_same_history, assert_same_state, state
+from tests.training.helpers import MODEL, TRAINING, assert_same_history, assert_same_state, copy_of_state, state
 
 pytestmark = pytest.mark.slow
 
@@ -34,14 +33,7 @@ def test_it_resumes_bit_identically(added, settings, tiny_prepared, tmp_path, mo
     model = dataclasses.replace(MODEL, tasks=("click", "buy"), objective="joint", embedding_stddev=0.5)
     plain = dataclasses.replace(TRAINING, epochs=2, batch_size=128, monitor_images_epochs=0, **settings)
     training = dataclasses.replace(plain, **added)
-    interrupted, save_state = Run(tmp_path / "interrupted"), Run.save_state
-
-    def save_and_copy(run, *args):
-        save_state(run, *args)
-        if not interrupted.folder.exists():
-            shutil.copytree(run.folder, interrupted.folder)
-
-    monkeypatch.setattr(Run, "save_state", save_and_copy)
+    interrupted = copy_of_state(tmp_path / "interrupted", monkeypatch)
     unbroken = train_run(Run.create(tmp_path / "unbroken", RunConfig(model, training), tiny_prepared))
     resumed = train_run(interrupted)
     assert_same_state(state(unbroken.run), state(interrupted))

@@ -2,7 +2,6 @@
 """Balanced training as a run: it learns, says its weights, and resumes bit-identically."""
 
 import dataclasses
-import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from mvke_tf.schema import Task
 from mvke_tf.training import train_run
 from mvke_tf.training.loop import build_training_model
 from tests.small import small_schema
-from tests.training.helpers import MODEL, TRAINING, assert_same_history, assert_same_state, state
+from tests.training.helpers import MODEL, TRAINING, assert_same_history, assert_same_state, copy_of_state, state
 
 pytestmark = pytest.mark.slow
 
@@ -30,14 +29,7 @@ def test_a_balanced_run_resumes_bit_identically(method, steps, tiny_prepared, tm
         TRAINING, epochs=2, batch_size=128, learning_rate=0.01, loss_weighting=method, monitor_images_epochs=0
     )
     training = dataclasses.replace(training, checkpoint_steps=steps)
-    interrupted, save_state = Run(tmp_path / "interrupted"), Run.save_state
-
-    def save_and_copy(run, *args):
-        save_state(run, *args)
-        if not interrupted.folder.exists():
-            shutil.copytree(run.folder, interrupted.folder)
-
-    monkeypatch.setattr(Run, "save_state", save_and_copy)
+    interrupted = copy_of_state(tmp_path / "interrupted", monkeypatch)
     unbroken = train_run(Run.create(tmp_path / "unbroken", RunConfig(model, training), tiny_prepared))
     weights = np.array([[epoch[f"loss_weight_{task}"] for task in model.tasks] for epoch in unbroken.history])
     # The last step of an epoch; where no gradients conflict, PCGrad's weights are 1.
