@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -103,13 +104,12 @@ def _as_text(value: Any) -> str:
     return str(value)
 
 
-def check_parts(parts: np.ndarray) -> None:
-    """Raises where the training part has no row.
+def check_parts(rows: Sequence[int]) -> None:
+    """Raises where the training part has none of the rows, whose numbers by part are given.
 
     Raises:
         NoTrainingRowError: If so; with the rows of each part.
     """
-    rows = np.bincount(parts, minlength=3)
     if not rows[0]:
         named = ", ".join(f"{part} {number:,}" for part, number in zip(PARTS, rows, strict=True))
         raise NoTrainingRowError(
