@@ -50,16 +50,20 @@ _LARGEST = float(np.finfo(np.float32).max)
 _MOST_TRIES = 10_000
 
 
-def prepared_dataset(dataset: Dataset, data_dir: Path = Path("data"), overwrite: bool = False) -> PreparedDataset:
+def prepared_dataset(
+    dataset: Dataset, data_dir: Path = Path("data"), overwrite: bool = False, memory_mb: int | None = None
+) -> PreparedDataset:
     """The prepared dataset of a declaration, made unless it is there, in a folder below `data_dir`.
 
     The folder's name has a digest of format, declaration and contents of the tables: what has changed is another
-    folder, and nothing stale is ever read.
+    folder, and nothing stale is ever read. A log that does not fit into memory is prepared in buckets of its users;
+    what is there is taken as it is, in buckets or not.
 
     Args:
         dataset: The declaration.
         data_dir: Where prepared datasets are kept, in `prepared/<name>-<digest>`.
         overwrite: Whether to prepare anew what is there.
+        memory_mb: Memory that the preparation may take, in MiB; by default half of the machine's.
 
     Raises:
         DataError: If the tables cannot be read or do not fit the declaration.
@@ -77,11 +81,18 @@ def prepared_dataset(dataset: Dataset, data_dir: Path = Path("data"), overwrite:
         logger.info("%s is prepared already.", folder)
         digests.save()
         return prepared
-    prepared = prepare(dataset, dataclasses.replace(read_tables(dataset, fingerprinted=False), fingerprint=found))
-    prepared.save(folder)
+    from mvke_tf.data.buckets import number_of_buckets, prepare_in_buckets
+
+    buckets = number_of_buckets(dataset, memory_mb)
+    if buckets > 1:
+        prepare_in_buckets(dataset, folder, found, buckets)
+    else:
+        tables = dataclasses.replace(read_tables(dataset, fingerprinted=False), fingerprint=found)
+        prepare(dataset, tables).save(folder)
     digests.save()
+    prepared = PreparedDataset.load(folder)
     logger.info("Prepared %s in %s:\n%s", dataset.name, folder, describe(prepared))
-    return PreparedDataset.load(folder)
+    return prepared
 
 
 @names_the_declaration
@@ -194,7 +205,7 @@ class Piece:
             check_facts(dataset, facts)
         origin, item, sampled = _interactions(rows, log)
         facts["rows_without_negatives"] = 0
-        if sampled.any() or dataset.negatives.kind != "none":
+        if dataset.negatives.kind != "none" and rows.items is not None:
             facts["rows_without_negatives"] = len(rows) - int(sampled.sum()) // dataset.negatives.per_positive
         users, state, latest_users = _users(rows, features)
         counting = {
@@ -281,20 +292,23 @@ def describe(prepared: PreparedDataset) -> str:
     heads = ["part", "rows"]
     shown = {"binary": "positive", "multiclass": "commonest"}
     heads += [f"{shown.get(task.kind, 'mean')} {task.name}" for task in prepared.dataset.tasks]
-    new = {
-        side: ~prepared.known(side)[rows]
-        for side, rows, has in (
-            ("user", prepared.user_row, prepared.has_users),
-            ("item", prepared.item_row, prepared.has_items),
-        )
-        if has
-    }
-    lines = [[*heads, *(f"new {side}s" for side in new)]]
-    for number, part in enumerate(PARTS):
-        of_part = prepared.split == number
-        line = [part, f"{of_part.sum():,}"]
+    sides = [side for side, has in (("user", prepared.has_users), ("item", prepared.has_items)) if has]
+    known_items = prepared.known("item")
+    lines = [[*heads, *(f"new {side}s" for side in sides)]]
+    for part in PARTS:
+        rows, new = 0, dict.fromkeys(sides, 0)
+        labels: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {task.name: [] for task in prepared.dataset.tasks}
+        for bucket in prepared.buckets():
+            of_part = bucket.part_rows(part)
+            rows += len(of_part)
+            for task in prepared.dataset.tasks:
+                labels[task.name].append((bucket.label(task.name)[of_part], bucket.weight(task.name)[of_part]))
+            for side in sides:
+                known = known_items[bucket.item_row] if side == "item" else bucket.known("user")[bucket.user_row]
+                new[side] += int((~known[of_part]).sum())
+        line = [part, f"{rows:,}"]
         for task in prepared.dataset.tasks:
-            label, weight = prepared.label(task.name)[of_part], prepared.weight(task.name)[of_part]
+            label, weight = (np.concatenate(columns) for columns in zip(*labels[task.name], strict=True))
             if task.kind == "binary":
                 line.append(f"{int((label * (weight > 0)).sum()):,}")
             elif task.kind == "multiclass" and weight.any():
@@ -302,7 +316,7 @@ def describe(prepared: PreparedDataset) -> str:
                 line.append(f"{task.class_names[numbers.argmax()]} ({numbers.max() / numbers.sum():.1%})")
             else:
                 line.append(f"{np.average(label, weights=weight):.4g}" if weight.any() else "none")
-        line += [f"{flags[of_part].mean():.1%}" if of_part.any() else "none" for flags in new.values()]
+        line += [f"{number / rows:.1%}" if rows else "none" for number in new.values()]
         lines.append(line)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
@@ -356,7 +370,7 @@ class Rows:
         else:
             key = str(dataset.keys.item)
             kind = "string" if items.keys.dtype == pl.String else "integer"
-            items = dataclasses.replace(items, of_row=_numbers(self.log.keys(key, kind), items.keys))
+            items = dataclasses.replace(items, of_row=numbers_of(self.log.keys(key, kind), items.keys))
         sort_keys = [entities.of_row for entities in (items, users) if entities is not None]
         if time is not None:
             sort_keys.append(time)
@@ -382,13 +396,11 @@ class Rows:
         keys = self.log.keys(key, kind)
         if side is None:
             distinct = keys.unique().sort()
-            return Entities(distinct, _numbers(keys, distinct))
-        side_keys = side.unique_keys(on, kind)
-        distinct = pl.concat([keys, side_keys]).unique().sort() if name == ITEMS else keys.unique().sort()
-        side_row = np.full(len(distinct), -1)
-        number = _numbers(side_keys, distinct)
-        side_row[number[number >= 0]] = np.flatnonzero(number >= 0)
-        of_row = _numbers(keys, distinct)
+            return Entities(distinct, numbers_of(keys, distinct))
+        distinct = pl.concat([keys, side.unique_keys(on, kind)]) if name == ITEMS else keys
+        distinct = distinct.unique().sort()
+        side_row = side_rows_of(side, on, distinct)
+        of_row = numbers_of(keys, distinct)
         if self.log.whole is None:
             warn_of_lacking(name, int((side_row < 0).sum()), len(np.unique(of_row)), side)
         return Entities(distinct, of_row, side, side_row)
@@ -613,7 +625,15 @@ def _needed(time: np.ndarray | None) -> np.ndarray:
     return time
 
 
-def _numbers(values: pl.Series, distinct: pl.Series) -> np.ndarray:
+def side_rows_of(side: Table, on: str, keys: pl.Series) -> np.ndarray:
+    """The row of a side table, whose keys are in the column `on`, of each of distinct keys; -1 of those it lacks."""
+    number = numbers_of(side.unique_keys(on, "string" if keys.dtype == pl.String else "integer"), keys)
+    side_row = np.full(len(keys), -1)
+    side_row[number[number >= 0]] = np.flatnonzero(number >= 0)
+    return side_row
+
+
+def numbers_of(values: pl.Series, distinct: pl.Series) -> np.ndarray:
     """The position of each value among distinct ones; -1 of others."""
     positions = pl.DataFrame({"value": distinct, "number": np.arange(len(distinct))})
     joined = values.alias("value").to_frame().join(positions, on="value", how="left", maintain_order="left")
@@ -1051,6 +1071,7 @@ class Log:
         buckets: Open the rows of each bucket, or all rows.
         items: All items, numbered by row in that order; None where they have no keys.
         time: Moment of each row in that order; None without.
+        rows: How many rows there are in buckets; None of a log in memory.
     """
 
     def __init__(
@@ -1063,15 +1084,12 @@ class Log:
     ) -> None:
         self.dataset, self.items, self.time = dataset, items, time
         self._buckets = buckets
+        # Whether all rows are in memory.
+        self.is_alone = rows is None
         self._rows = len(buckets[0]()) if rows is None else rows
 
     def __len__(self) -> int:
         return self._rows
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether all rows are in one bucket."""
-        return len(self._buckets) == 1
 
     @property
     def moments(self) -> np.ndarray:

@@ -749,7 +749,7 @@ def _load_table(
 ) -> EntityTable:
     """A table that lies in one folder or several, each with so many of its rows."""
     side = SIDES[name]
-    keys = _joined([_keys_file(folder / name / "keys.parquet", rows) for folder, rows in places])
+    keys = _joined([keys_columns(folder / name, rows) for folder, rows in places])
     types: dict[str, pa.DataType] = {}
     for of_model in encoder.schema_features():
         if of_model.tower == side:
@@ -766,7 +766,9 @@ def _load_table(
     return _StoredTable(side, keys, encoded, raw, sum(rows for _, rows in places))
 
 
-def _keys_file(path: Path, rows: int) -> _File:
+def keys_columns(folder: Path, rows: int) -> _File:
+    """Ids, names and moments that `write_raw` wrote, each read when it is asked for."""
+    path = folder / "keys.parquet"
     keys = _File(path, rows, None, _to_flat)
     if "key" not in keys or not set(keys) <= {"key", "name", "time"}:
         raise DataError(f"{path} is damaged: its columns are {list(keys)}. {REMEDY}")
