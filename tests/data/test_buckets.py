@@ -4,7 +4,6 @@
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 
 from mvke_tf.data.buckets import prepare_in_buckets
