@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mvke_tf.config import OBJECTIVES, nearest
-from mvke_tf.data.batches import Interactions
+from mvke_tf.data.batches import Interactions, Shards
 from mvke_tf.data.declaration import PARTS, Dataset, TaskDeclaration
 from mvke_tf.data.encoder import NUMPY_DTYPES, RAW_UNKNOWN, EncodedFeature, Encoder
 from mvke_tf.errors import ConfigError, DataError, DeclarationError
@@ -38,6 +38,8 @@ IN_A_BUCKET = ("users", "latest_users", "interactions")
 FILES = ("keys", "encoded", "raw")
 INTERACTIONS = "interactions.parquet"
 SIDES = {"users": "user", "items": "item", "latest_users": "user"}
+# Encoded user states of buckets that training holds, and shuffles, together.
+WINDOW_BYTES = 2**27
 MANIFEST, ENCODER = "manifest.json", "encoder.json"
 REMEDY = "Delete the folder and run `mvke prepare --data ...` again."
 
@@ -393,6 +395,79 @@ class PreparedDataset:
             {name: self.label(name)[rows] for name in self.task_names(tasks)},
             weights,
         )
+
+    def shards(self, part: str, tasks: Sequence[str] = (), objective: str = "") -> Interactions | Shards:
+        """As `part`; of data in buckets, shards of one bucket each, with the user states of that part alone.
+
+        Args:
+            part: See `part`.
+            tasks: See `schema`.
+            objective: See `schema`.
+
+        Raises:
+            ConfigError: See `part`.
+        """
+        if not self._buckets:
+            return self.part(part, tasks, objective)
+        sizes = [len(bucket.part_rows(part)) for bucket in self.buckets()]
+        filled = [number for number, size in enumerate(sizes) if size]
+
+        def read(number: int) -> Interactions:
+            data = self.bucket(filled[number]).part(part, tasks, objective)
+            states, rows = np.unique(data.user_rows, return_inverse=True)
+            return dataclasses.replace(data, users=_Rows(data.users, states), user_rows=rows.astype(np.int32))
+
+        per_state = sum(
+            4 * (feature.width or feature.length * (1 + (feature.length > 1)))
+            for feature in self.encoder.schema_features()
+            if feature.tower == "user"
+        )
+        most = max((len(self.bucket(number).users) for number in filled), default=1)
+        return Shards([sizes[number] for number in filled], read, max(1, WINDOW_BYTES // (per_state * most)))
+
+    def alone(self, part: str) -> PreparedDataset:
+        """Of data in buckets, the interactions of one part and the user states in them, without buckets; else itself.
+
+        Columns of users are read when they are asked for, and kept by nobody.
+
+        Args:
+            part: See `part`.
+
+        Raises:
+            ConfigError: If there is no such part.
+        """
+        if not self._buckets:
+            return self
+        states, numbers, count = [], [], 0
+        for bucket in self.buckets():
+            some, number = np.unique(bucket.user_row[bucket.part_rows(part)], return_inverse=True)
+            states.append(some)
+            numbers.append((number + count).astype(np.int32))
+            count += len(some)
+        names = [name for name in self._columns if name != "user_row"]
+        columns = {name: self.of_part(part, functools.partial(_column_of, name)) for name in names}
+        keys, encoded, raw = (
+            _Chosen([functools.partial(_columns_of, read, kind) for read in self._buckets], states)
+            for kind in ("_keys", "encoded", "raw")
+        )
+        alone = PreparedDataset.__new__(PreparedDataset)
+        alone._set(
+            self.dataset,
+            self.encoder,
+            f"{self.fingerprint}, {part}",
+            (_StoredTable("user", keys, encoded, raw, count), self.items, self.latest_users),
+            self.catalogue,
+            columns | {"user_row": np.concatenate(numbers)},
+            self.offsets,
+            None,
+        )
+        return alone
+
+    def bucket_with(self, part: str) -> PreparedDataset:
+        """The first bucket that has interactions of a part: a sample of whole users, where it is not everything."""
+        if not self._buckets:
+            return self
+        return next((bucket for bucket in self.buckets() if len(bucket.part_rows(part))), self.bucket(0))
 
     def known(self, side: str) -> np.ndarray:
         """Per row of `users` or `items`, whether its key occurs in a training row that was not sampled: `(N,)` bool.
@@ -939,11 +1014,53 @@ class _Joined(Mapping[str, np.ndarray]):
         return len(self._files[0])
 
 
-Columns = _File | _Joined
+Columns = Mapping[str, np.ndarray]
 
 
 def _joined(files: Sequence[_File], shifts: Mapping[str, Sequence[int] | np.ndarray] | None = None) -> Columns:
     return files[0] if len(files) == 1 else _Joined(files, shifts or {})
+
+
+class _Rows(Mapping[str, np.ndarray]):
+    """Some rows of the columns of a table, each read when it is asked for, and kept by nobody."""
+
+    def __init__(self, table: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
+        self._table, self._rows = table, rows
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        column = self._table.read(name) if isinstance(self._table, _File) else self._table[name]
+        return column[self._rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+class _Chosen(Mapping[str, np.ndarray]):
+    """Some rows of the columns of several tables, one after another, each read when it is asked for."""
+
+    def __init__(self, tables: Sequence[Callable[[], Mapping[str, np.ndarray]]], rows: Sequence[np.ndarray]) -> None:
+        self._tables, self._rows = tables, rows
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        pairs = zip(self._tables, self._rows, strict=True)
+        return np.concatenate([_Rows(read(), rows)[name] for read, rows in pairs])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables[0]())
+
+    def __len__(self) -> int:
+        return len(self._tables[0]())
+
+
+def _column_of(name: str, bucket: PreparedDataset) -> np.ndarray:
+    return bucket._columns[name]
+
+
+def _columns_of(read: Callable[[], PreparedDataset], kind: str) -> Mapping[str, np.ndarray]:
+    return getattr(read().users, kind)
 
 
 class _ShapeError(Exception):

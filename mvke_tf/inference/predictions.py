@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from mvke_tf.data.batches import Interactions
+from mvke_tf.data.batches import Interactions, Shards
 from mvke_tf.inference.vectors import TILE_ROWS, Vectors, slices, vectors_of
 from mvke_tf.layers import LogitMap
 from mvke_tf.models import TwoTowerModel
@@ -35,7 +35,7 @@ class Predictions:
     conditional: dict[str, np.ndarray]
 
 
-def predict(model: TwoTowerModel, interactions: Interactions, batch: int = TILE_ROWS) -> Predictions:
+def predict(model: TwoTowerModel, interactions: Interactions | Shards, batch: int = TILE_ROWS) -> Predictions:
     """Predictions for all pairs, in one pass.
 
     Each tower runs once per distinct user or item, and a pair costs an inner product, in float32 as in the model; so
@@ -50,6 +50,14 @@ def predict(model: TwoTowerModel, interactions: Interactions, batch: int = TILE_
         DataError: If a feature is missing.
         MvkeError: If an output is NaN or infinite.
     """
+    if isinstance(interactions, Shards):
+        parts = [predict(model, piece, batch) for piece in interactions.pieces()]
+        return Predictions(
+            *(
+                {task: np.concatenate([getattr(one, kind)[task] for one in parts]) for task in tasks}
+                for kind, tasks in (("values", model.task_names), ("conditional", model.given))
+            )
+        )
     classes = {task: (len(names),) for task, names in model.classes.items()}
     values = {task: np.empty((len(interactions), *classes.get(task, ()))) for task in model.task_names}
     class_vectors = {task: vectors.T for task, (vectors, _) in model.class_weights.items()}
