@@ -40,6 +40,7 @@ from mvke_tf.data.preparation import (
     encoded_features,
     features_of_encoder,
     items_of,
+    needs_moments,
     numbers_of,
     offsets,
     side_rows_of,
@@ -276,7 +277,7 @@ class _Preparation:
                 parts[position[span]] = np.load(self._piece(number) / "parts.npy")
         item = np.concatenate([self._columns(number, "item")[0].astype(np.int32) for number in numbers])
         time = None
-        if self.log.time is not None:
+        if self.log.time is not None and needs_moments(self.rows(0)):
             time = np.concatenate([self._columns(number, "time")[0] for number in numbers])
         items, item_row, catalogue = items_of(self.log, features, parts, item, time)
         return items, np.split(item_row.astype(np.int32), np.cumsum(interactions)[:-1]), catalogue
@@ -388,55 +389,54 @@ def _order(buckets: Buckets, folder: Path, done: Any) -> None:
     `position.npy` has the place of each row, bucket by bucket in their own order; `time.npy` and `item.npy` are in the
     order of the whole log, `users.npy` has the number of each user of each bucket, and `items.parquet` all items.
     """
-    moments, users, items, numbers, own, things = [], [], [], [], [], []
-    lacking = 0
+    dataset, total, end, lacking = buckets.dataset, sum(buckets.rows), 0, 0
+    spans: list[slice] = []
+    users: list[pl.Series] = []
+    items: list[pl.Series] = []
+    # The last key is the first to sort by. Users and items have the numbers of their bucket at first.
+    kinds = {"number": (dataset.keys.user is None, np.int64), "item": (dataset.keys.item is not None, np.int32)}
+    kinds |= {"user": (dataset.keys.user is not None, np.int32), "time": (dataset.source.time is not None, np.int64)}
+    keys: dict[str, np.ndarray] = {name: np.empty(total, kind) for name, (is_there, kind) in kinds.items() if is_there}
     for number, rows in enumerate(buckets.rows):
-        bucket = Rows(buckets.dataset, buckets.tables(number))
+        bucket = Rows(dataset, buckets.tables(number))
+        spans.append(slice(end, end + rows))
+        end += rows
         if bucket.time is not None:
-            moments.append(bucket.time)
-        if buckets.dataset.keys.user is None:
-            stored = bucket.log.numbers_of_rows
-            numbers.append(np.zeros(0, np.int64) if stored is None else stored[bucket.order])
+            keys["time"][spans[-1]] = bucket.time
+        if "number" in keys:
+            keys["number"][spans[-1]] = bucket.users.keys.to_numpy()[bucket.users.of_row]
         else:
-            users.append(bucket.users.of_row.astype(np.int32))
-            own.append(bucket.users.keys)
+            keys["user"][spans[-1]] = bucket.users.of_row
+            users.append(bucket.users.keys)
         if bucket.users.side_row is not None:
             lacking += int((bucket.users.side_row < 0).sum())
         if bucket.items is not None:
-            items.append(bucket.items.of_row.astype(np.int32))
-            things.append(bucket.items.keys)
+            keys["item"][spans[-1]] = bucket.items.of_row
+            items.append(bucket.items.keys)
         done(rows)
     with atomic_write(folder) as temporary:
         temporary.mkdir()
-        # The last key is the first to sort by.
-        keys, item = [], None
-        if numbers:
-            keys.append(np.concatenate(numbers))
-        if things:
-            every = pl.concat(things).unique().sort()
+        if items:
+            every = pl.concat(items).unique().sort()
             pl.DataFrame({"key": every}).write_parquet(temporary / "items.parquet")
-            item = np.concatenate(
-                [numbers_of(mine, every)[row].astype(np.int32) for mine, row in zip(things, items, strict=True)]
-            )
-            keys.append(item)
-        if own:
-            rank = np.empty(sum(map(len, own)), np.int32)
-            rank[pl.concat(own).arg_sort().to_numpy()] = np.arange(len(rank))
+            for span, own in zip(spans, items, strict=True):
+                keys["item"][span] = numbers_of(own, every)[keys["item"][span]]
+        if users:
+            rank = np.empty(sum(map(len, users)), np.int32)
+            rank[pl.concat(users).arg_sort().to_numpy()] = np.arange(len(rank))
             np.save(temporary / "users.npy", rank)
-            parts = np.split(rank, np.cumsum([len(mine) for mine in own])[:-1])
-            keys.append(np.concatenate([part[row] for part, row in zip(parts, users, strict=True)]))
-        time = np.concatenate(moments) if moments else None
-        if time is not None:
-            keys.append(time)
-        total = sum(buckets.rows)
-        order = np.lexsort(keys) if keys else np.arange(total)
+            parts = np.split(rank, np.cumsum([len(own) for own in users])[:-1])
+            for span, part in zip(spans, parts, strict=True):
+                keys["user"][span] = part[keys["user"][span]]
+        order = np.lexsort(list(keys.values()))
+        for name in ("time", "item"):
+            if name in keys:
+                np.save(temporary / f"{name}.npy", keys[name][order])
+        keys.clear()
         position = np.empty(total, np.int64)
         position[order] = np.arange(total)
         np.save(temporary / "position.npy", position)
-        for name, column in (("time", time), ("item", item)):
-            if column is not None:
-                np.save(temporary / f"{name}.npy", column[order])
-        about = {"lacking": lacking, "users": sum(map(len, own))}
+        about = {"lacking": lacking, "users": sum(map(len, users))}
         (temporary / "order.json").write_text(json.dumps(about), encoding="utf-8")
 
 

@@ -1159,6 +1159,16 @@ class Log:
         return table
 
 
+def needs_moments(rows: Rows) -> bool:
+    """Whether the moments of interactions decide on the states of their items."""
+    declared = rows.dataset.of_tower("item")
+    return any(
+        (f.statistic is not None and f.statistic.until == "row")
+        or (f.source_column is not None and rows.table_of(f).name == LOG)
+        for f in declared
+    )
+
+
 def items_of(
     log: Log,
     features: Mapping[str, EncodedFeature],
@@ -1173,7 +1183,7 @@ def items_of(
         features: How features are encoded.
         parts: Part of each row of the log.
         item: Number of the item of each interaction; None where items have no keys.
-        time: Moment of each interaction.
+        time: Moment of each interaction; not read unless `needs_moments`.
     """
     declared, rows = log.dataset.of_tower("item"), log.any_rows()
     if log.items is None or item is None:
@@ -1330,8 +1340,10 @@ def _frozen(
     chosen = chosen & (parts == 0)
     items = log.entities()
     item, number = items.of_row[chosen], len(items)
-    weights = np.ones(len(item))
-    if declared.half_life is not None:
+    if declared.half_life is None:
+        total: np.ndarray = np.bincount(item, minlength=number).astype(np.float64)
+        sums = None if values is None else np.bincount(item, values[chosen], number)
+    else:
         half_life, time = expressions.duration_ms(declared.half_life), log.moments
         now = np.full(number, time[parts == 0].max())
         if values is not None:
@@ -1339,10 +1351,11 @@ def _frozen(
             now = np.full(number, time.min())
             np.maximum.at(now, item, time[chosen])
         weights = np.exp2((time[chosen] - now[item]) / half_life)
-    total = np.bincount(item, weights, number)
+        total = np.bincount(item, weights, number)
+        sums = None if values is None else np.bincount(item, weights * values[chosen], number)
     occurs = np.bincount(item, minlength=number) > 0
     with np.errstate(invalid="ignore", divide="ignore"):
-        answer = total if values is None else np.bincount(item, weights * values[chosen], number) / total
+        answer = total if sums is None else sums / total
     return np.where(occurs, answer, np.nan).astype(np.float32)
 
 

@@ -13,6 +13,9 @@ import polars as pl
 from mvke_tf.data.declaration import PARTS, Split
 from mvke_tf.errors import DataError
 
+# Rows whose part is found at a time, of a log whose rows are many.
+_BLOCK = 1 << 20
+
 
 class NoTrainingRowError(DataError):
     """Nothing to learn from: all rows are in other parts."""
@@ -33,8 +36,11 @@ def by_share_of_time(time: np.ndarray, ends: list[float]) -> np.ndarray:
     Returns:
         int8 `(n,)`: 0 training, 1 validation, 2 test, as all functions here.
     """
-    moments = np.sort(time)
-    return _of_shares(np.searchsorted(moments, time, side="right") / len(time), ends)
+    moments, parts = np.sort(time), np.empty(len(time), np.int8)
+    for start in range(0, len(time), _BLOCK):
+        some = slice(start, start + _BLOCK)
+        parts[some] = _of_shares(np.searchsorted(moments, time[some], side="right") / len(time), ends)
+    return parts
 
 
 def per_user(user: np.ndarray, time: np.ndarray, ends: list[float]) -> np.ndarray:

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A log that is prepared in buckets of its users: the same rows, values and encoder as in memory."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
-from mvke_tf.data.buckets import prepare_in_buckets
+from mvke_tf.data.buckets import number_of_buckets, prepare_in_buckets
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.preparation import prepare
 from mvke_tf.data.store import EntityTable, PreparedDataset
+from mvke_tf.io import checksums
+from tests.conftest import REPOSITORY
 from tests.data.test_preparation import shop
-from tests.small import small_dataset
+from tests.small import SMALL, small_dataset, small_log, small_toml
 
 BUCKETS = 7
 
@@ -58,20 +63,16 @@ def assert_same(whole: PreparedDataset, other: PreparedDataset) -> None:
         np.testing.assert_array_equal(whole.known(side)[rows[0]], other.known(side)[rows[1]])
 
 
-def small(**changes) -> Dataset:
-    return small_dataset(**changes)
-
-
 DATASETS = {
-    "uniform negatives of all items": lambda: small(),
-    "uniform negatives": lambda: small(negatives={"kind": "uniform", "per_positive": 3}),
-    "popular negatives": lambda: small(negatives={"kind": "popularity", "per_positive": 2}),
-    "popular negatives of all items": lambda: small(
+    "uniform negatives of all items": lambda: small_dataset(),
+    "uniform negatives": lambda: small_dataset(negatives={"kind": "uniform", "per_positive": 3}),
+    "popular negatives": lambda: small_dataset(negatives={"kind": "popularity", "per_positive": 2}),
+    "popular negatives of all items": lambda: small_dataset(
         negatives={"kind": "popularity", "per_positive": 2, "future": True}
     ),
-    "split per user": lambda: small(**{"split.by": "per_user", "negatives": None}),
-    "split at random": lambda: small(**{"split.by": "random"}),
-    "split by hash": lambda: small(**{"split.by": "hash"}),
+    "split per user": lambda: small_dataset(**{"split.by": "per_user", "negatives": None}),
+    "split at random": lambda: small_dataset(**{"split.by": "random"}),
+    "split by hash": lambda: small_dataset(**{"split.by": "hash"}),
     "shop": lambda: shop(),
 }
 
@@ -80,3 +81,74 @@ DATASETS = {
 def test_buckets_hold_what_memory_does(tmp_path, name):
     dataset = DATASETS[name]()
     assert_same(prepare(dataset), in_buckets(dataset, tmp_path))
+
+
+# Dies at the third of its renames, while what was to be renamed is complete.
+DYING = """
+import os, sys
+from pathlib import Path
+from mvke_tf.data.buckets import prepare_in_buckets
+from mvke_tf.data.declaration import Dataset
+
+replace, left = os.replace, [3]
+
+def dying(*paths):
+    left[0] -= 1
+    if not left[0]:
+        os._exit(9)
+    replace(*paths)
+
+os.replace = dying
+prepare_in_buckets(Dataset.from_toml(Path(sys.argv[1])), Path(sys.argv[2]), "contents", 4)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    declaration = small_toml(tmp_path)
+    dataset, unbroken, killed = Dataset.from_toml(declaration), tmp_path / "unbroken", tmp_path / "killed"
+    prepare_in_buckets(dataset, unbroken, "contents", 4)
+    deaths = 0
+    while not killed.is_dir():
+        process = subprocess.run(
+            [sys.executable, "-c", DYING, declaration, killed], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+        )
+        assert process.returncode in (0, 9), process.stderr
+        deaths += process.returncode == 9
+    assert deaths >= 4
+    assert checksums(killed) == checksums(unbroken)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("items.parquet", "killed", "log.parquet", "small.toml", "unbroken")
+    ]
+
+
+def test_what_is_unfinished_of_other_data_is_not_gone_on_with(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mvke_tf.data.buckets.items_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        in_buckets(shop(), tmp_path)
+    assert (tmp_path / "prepared.unfinished" / "pieces").is_dir()
+    monkeypatch.undo()
+    changed = shop({"spent": [9.0, None, 3.0, 0.0, 1.0]})
+    prepare_in_buckets(changed, tmp_path / "prepared", "other contents", BUCKETS)
+    assert_same(prepare(changed), PreparedDataset.load(tmp_path / "prepared"))
+    assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
+
+
+def test_the_number_of_buckets_follows_from_the_log_and_the_memory(caplog):
+    dataset = small_dataset()
+    assert number_of_buckets(dataset) == 1
+    # 240 rows of 14 slots and 1 negative, 920 bytes each, are 221 KB.
+    assert number_of_buckets(dataset, 1) == 1
+    large = Dataset.from_frame(pl.concat([small_log()[0]] * 50), SMALL, items=small_log()[1])
+    assert number_of_buckets(large, 1) == 12_000 * 920 // (2**20 // 4 // 8) + 1
+    assert number_of_buckets(large, 16) == 12_000 * 920 // (4 * 2**20 // 8) + 1
+    assert number_of_buckets(large, 1024) == 1
+    without_items = {"keys.item": None, "keys.item_name": None, "tables": None, "negatives": None, "groups": None}
+    kept = ("user", "age", "country", "clicks")
+    removed = {f"features.{name}": None for name in SMALL["features"] if name not in kept}
+    column = {"features.item": {"tower": "item", "encode": "vocabulary"}}
+    assert number_of_buckets(large.replace(without_items | removed | column), 1) == 1
+    assert "the log is prepared in memory" in caplog.text
