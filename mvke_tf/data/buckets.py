@@ -134,6 +134,7 @@ def prepare_in_buckets(dataset: Dataset, folder: Path, fingerprint: str, buckets
                     shutil.rmtree(path)
             with atomic_write(about) as temporary:
                 temporary.write_text(json.dumps(made_of), encoding="utf-8")
+        logger.info("Preparing %s in %d buckets of users in %s ...", dataset.name, buckets, work)
         _Preparation(dataset, work, buckets).run(folder, fingerprint)
     shutil.rmtree(work)
 

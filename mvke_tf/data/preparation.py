@@ -297,25 +297,32 @@ def describe(prepared: PreparedDataset) -> str:
     lines = [[*heads, *(f"new {side}s" for side in sides)]]
     for part in PARTS:
         rows, new = 0, dict.fromkeys(sides, 0)
-        labels: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {task.name: [] for task in prepared.dataset.tasks}
+        # Of each class, its weight; else of all labels their sum, and that of their weights.
+        sums = {task.name: np.zeros(max(len(task.class_names), 2)) for task in prepared.dataset.tasks}
         for bucket in prepared.buckets():
             of_part = bucket.part_rows(part)
             rows += len(of_part)
             for task in prepared.dataset.tasks:
-                labels[task.name].append((bucket.label(task.name)[of_part], bucket.weight(task.name)[of_part]))
+                label = bucket.label(task.name)[of_part].astype(np.float64)
+                weight = bucket.weight(task.name)[of_part].astype(np.float64)
+                if task.kind == "multiclass":
+                    known = label[weight > 0].astype(int)
+                    sums[task.name] += np.bincount(known, minlength=len(task.class_names))
+                else:
+                    weight = weight > 0 if task.kind == "binary" else weight
+                    sums[task.name] += (label * weight).sum(), weight.sum()
             for side in sides:
                 known = known_items[bucket.item_row] if side == "item" else bucket.known("user")[bucket.user_row]
                 new[side] += int((~known[of_part]).sum())
         line = [part, f"{rows:,}"]
         for task in prepared.dataset.tasks:
-            label, weight = (np.concatenate(columns) for columns in zip(*labels[task.name], strict=True))
+            numbers = sums[task.name]
             if task.kind == "binary":
-                line.append(f"{int((label * (weight > 0)).sum()):,}")
-            elif task.kind == "multiclass" and weight.any():
-                numbers = np.bincount(label[weight > 0].astype(int), minlength=len(task.class_names))
+                line.append(f"{int(numbers[0]):,}")
+            elif task.kind == "multiclass" and numbers.any():
                 line.append(f"{task.class_names[numbers.argmax()]} ({numbers.max() / numbers.sum():.1%})")
             else:
-                line.append(f"{np.average(label, weights=weight):.4g}" if weight.any() else "none")
+                line.append(f"{numbers[0] / numbers[1]:.4g}" if numbers[1] else "none")
         line += [f"{number / rows:.1%}" if rows else "none" for number in new.values()]
         lines.append(line)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
