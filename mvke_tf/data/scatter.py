@@ -62,12 +62,11 @@ class Buckets:
 
     def _table(self, name: str, number: int, columns: Sequence[str] = ()) -> Table:
         frame = _read(self._folder / name / f"{self._written['buckets'][number]}.arrow", columns)
-        numbers = None if columns else frame[_NUMBER].to_numpy()
         return Table(
             name,
-            frame if columns else frame.drop(_NUMBER),
+            frame.drop(_NUMBER),
             **self._sources[name].describing(self._written["files"][name]),
-            numbers_of_rows=numbers,
+            numbers_of_rows=frame[_NUMBER].to_numpy(),
             whole=None if columns else self._whole[name],
         )
 
@@ -174,7 +173,7 @@ def _read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
             with pa.ipc.open_stream(file) as reader:
                 names = reader.schema.names
             file.seek(0)
-            options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
+            options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in (*columns, _NUMBER)])
         with pa.ipc.open_stream(file, options=options) as reader:
             return pl.DataFrame(pl.from_arrow(reader.read_all())).rechunk()
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A log that is prepared in buckets of its users: the same rows, values and encoder as in memory."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from mvke_tf.data.buckets import number_of_buckets, prepare_in_buckets
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.preparation import prepare
 from mvke_tf.data.store import EntityTable, PreparedDataset
+from mvke_tf.errors import DataError
 from mvke_tf.io import checksums
 from tests.conftest import REPOSITORY
 from tests.data.test_preparation import shop
@@ -73,14 +75,122 @@ DATASETS = {
     "split per user": lambda: small_dataset(**{"split.by": "per_user", "negatives": None}),
     "split at random": lambda: small_dataset(**{"split.by": "random"}),
     "split by hash": lambda: small_dataset(**{"split.by": "hash"}),
+    "split by moments": lambda: small_dataset(
+        **{"split": {"by": "time", "validation": 1_700_020_000, "test": 1_700_026_000}}
+    ),
     "shop": lambda: shop(),
+    "statistics at each moment": lambda: small_dataset(
+        **{
+            "features.popularity.statistic": {"count": True, "until": "row", "half_life": "2h"},
+            "features.item_stars.statistic": {"mean": "stars", "until": "row", "every": "3h"},
+        }
+    ),
+    "statistics with a half-life": lambda: small_dataset(
+        **{
+            "features.popularity.statistic": {"count": True, "half_life": "2h"},
+            "features.item_stars.statistic": {"mean": "stars", "half_life": "2h", "where": "clicked"},
+        }
+    ),
+    # An item of the log has the value of its last training row, and a negative may come before its first.
+    "item columns of the log": lambda: small_dataset(
+        **{
+            "features.land": {"tower": "item", "encode": "vocabulary", "column": "country"},
+            "features.fan": {"tower": "item", "encode": "number", "column": "age"},
+            "negatives": {"kind": "uniform", "future": True},
+        }
+    ),
+    "no users": lambda: without("keys.user", "clicks", "mean_stars", "recent_items", "liked_tags", "user"),
+    "no times": lambda: without("source.time", "clicks", "mean_stars", "recent_items", "liked_tags"),
+    "no items": lambda: without("keys.item", *("recent_items", "item", "tags", "price"), *OF_ITEMS),
 }
+OF_ITEMS = ("year", "popularity", "item_stars", "liked_tags")
+
+
+def without(key: str, *features: str) -> Dataset:
+    """The small dataset without a key and the features that need it."""
+    values = copy.deepcopy(SMALL)
+    section, name = key.split(".")
+    del values[section][name]
+    if key == "keys.item":
+        del values["keys"]["item_name"], values["tables"]
+    if key == "source.time":
+        del values["source"]["time_unit"]
+        values["split"] = {"by": "random"}
+    if key != "source.time":
+        del values["negatives"]
+    for feature in features:
+        del values["features"][feature]
+    values["groups"] = {"country": {"feature": "country"}}
+    log, items = small_log()
+    return Dataset.from_frame(log, values, items=None if key == "keys.item" else items)
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_buckets_hold_what_memory_does(tmp_path, name):
     dataset = DATASETS[name]()
     assert_same(prepare(dataset), in_buckets(dataset, tmp_path))
+
+
+LISTS = {
+    "format": 1,
+    "name": "lists",
+    "source": {"path": ["a.csv", "b.csv"], "time": "at"},
+    "keys": {"user": "user", "item": "item"},
+    "tables": {"users": {"path": "users.csv"}},
+    "split": {"by": "per_user"},
+    "features": {
+        "user": {"tower": "user", "encode": "vocabulary"},
+        "words": {"tower": "user", "encode": "vocabulary", "length": 3, "weighted": True, "keep": "heaviest"},
+        "had": {"tower": "user", "embedding": "item", "length": 2, "history": {"last": "item", "where": "click"}},
+        "size": {"tower": "user", "encode": "vocabulary"},
+        "item": {"tower": "item", "encode": "vocabulary"},
+    },
+    "tasks": {"click": {"label": "click"}},
+}
+
+
+def written(folder: Path, last_item: str = "9") -> Dataset:
+    """A log in two CSV files: what kind of values a column has shows in its last cell."""
+    random = np.random.default_rng(0)
+    rows = []
+    for row in range(60):
+        user, item = f"0{random.integers(1, 9)}", random.integers(1, 9)
+        words = "|".join(f"w{word}:{random.random():.1f}" for word in random.integers(0, 6, random.integers(0, 5)))
+        rows.append(f"{row},{user},{item},{words},{'true' if random.random() < 0.4 else 'false'},{user[1]}\n")
+    rows[-1] = f"60,08,{last_item},,true,8\n"
+    header = "at,user,item,words,click,size\n"
+    (folder / "a.csv").write_text(header + "".join(rows[:25]), encoding="utf-8")
+    (folder / "b.csv").write_text(header + "".join(rows[25:]), encoding="utf-8")
+    users = "".join(f"0{user},{'' if user == 3 else user * 1.5}\n" for user in range(1, 8))
+    (folder / "users.csv").write_text("user,size\n" + users, encoding="utf-8")
+    return Dataset.from_dict(LISTS, folder)
+
+
+@pytest.mark.parametrize("last_item", ["9", "nine"])
+def test_how_a_column_is_read_depends_on_every_cell_of_it(tmp_path, caplog, last_item):
+    dataset = written(tmp_path, last_item)
+    whole = prepare(dataset)
+    warnings = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    (tmp_path / "other").mkdir()
+    assert_same(whole, in_buckets(dataset, tmp_path / "other"))
+    assert whole.encoder.raw_inputs("user")["user"][0] == "string"
+    assert whole.encoder.raw_inputs("item")["item"][0] == ("int64" if last_item == "9" else "string")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == warnings
+    assert any(text.startswith("1 of the 8 users of the log are not in users.csv") for text in warnings)
+
+
+def test_errors_name_the_row(tmp_path):
+    dataset = written(tmp_path)
+    lines = (tmp_path / "b.csv").read_text().splitlines()
+    lines[7] = lines[7].replace("true", "maybe").replace("false", "maybe")
+    (tmp_path / "b.csv").write_text("\n".join(lines) + "\n")
+    messages = []
+    for prepared in (lambda: prepare(dataset), lambda: in_buckets(dataset, tmp_path)):
+        with pytest.raises(DataError, match=r"b\.csv, line 8, column 'click'.*Received: 'maybe'") as error:
+            prepared()
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 # Dies at the third of its renames, while what was to be renamed is complete.
