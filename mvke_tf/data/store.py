@@ -463,11 +463,23 @@ class PreparedDataset:
         )
         return alone
 
-    def bucket_with(self, part: str) -> PreparedDataset:
-        """The first bucket that has interactions of a part: a sample of whole users, where it is not everything."""
+    def bucket_with(self, part: str, user: str | int | None = None) -> PreparedDataset:
+        """The first bucket that has interactions of a part: a sample of whole users, where it is not everything.
+
+        Args:
+            part: See `part`.
+            user: Id of a user who is to be in it, as a number or a text; if nobody has it, any is taken.
+
+        Raises:
+            ConfigError: If there is no such part.
+        """
         if not self._buckets:
             return self
-        return next((bucket for bucket in self.buckets() if len(bucket.part_rows(part))), self.bucket(0))
+        for bucket in self.buckets():
+            has_user = user is None or str(user) in bucket.latest_users.key.astype(str)
+            if has_user and len(bucket.part_rows(part)):
+                return bucket
+        return self.bucket(0) if user is None else self.bucket_with(part)
 
     def known(self, side: str) -> np.ndarray:
         """Per row of `users` or `items`, whether its key occurs in a training row that was not sampled: `(N,)` bool.

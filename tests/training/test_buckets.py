@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 import numpy as np
+import polars as pl
 import pytest
 
 from mvke_tf.config import RunConfig
@@ -15,7 +16,7 @@ from mvke_tf.evaluation import evaluate_run
 from mvke_tf.run import Run
 from mvke_tf.training import train_run
 from mvke_tf.training.callbacks import EpochWatch
-from tests.small import small_dataset
+from tests.small import small_dataset, small_toml
 from tests.training.helpers import MODEL, TRAINING, assert_same_history, assert_same_state, state
 
 pytestmark = pytest.mark.slow
@@ -100,3 +101,29 @@ def test_measured_as_in_memory(new_run, tiny_prepared):
     for part in ("validation", "test"):
         assert_equal_reports(evaluate_run(run, part), evaluate_run(other, part))
         assert (run.figures / f"{part}_groups_country.png").is_file()
+
+
+def test_every_command_takes_data_in_buckets(tmp_path, mvke, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mvke_tf.data.buckets.number_of_buckets", lambda dataset, memory_mb: 4 if memory_mb else 1)
+    declaration = small_toml(tmp_path)
+    settings = ("--epochs", 1, "--batch_size", 64, "--embedding_dim", 8, "--hidden_dims", 8)
+    commands = [
+        ("prepare", "--data", declaration, "--memory_mb", 100),
+        ("train", "--data", declaration, "--run_name", "one", *settings),
+        ("evaluate", "runs/one"),
+        ("calibrate", "runs/one", "--method", "temperature"),
+        ("analyze", "runs/one"),
+        ("analyze", "runs/one", "--user", 11),
+        ("profile", "runs/one", "--tasks", "click", "--exclude_seen", "--format", "parquet"),
+        ("export", "runs/one"),
+        ("show", "runs/one"),
+    ]
+    for command in commands:
+        status, out, err = mvke(*command)
+        assert status == 0, (command, out, err)
+    run = Run.open(tmp_path / "runs" / "one")
+    assert run.prepared.is_in_buckets
+    profiles = pl.read_parquet(tmp_path / "runs" / "one" / "profiles" / "click_item.parquet")
+    users = profiles[profiles.columns[0]].unique(maintain_order=True).to_list()
+    assert users == sorted(users) == list(range(1, 13))
