@@ -49,8 +49,8 @@ from mvke_tf.data.preparation import (
 from mvke_tf.data.scatter import Buckets, scatter
 from mvke_tf.data.store import EntityTable, PreparedDataset, bucket_name
 from mvke_tf.data.tables import ITEMS, LOG, USERS, named_sources, names_the_declaration
-from mvke_tf.errors import DataError
-from mvke_tf.io import atomic_write, read_json, try_lock
+from mvke_tf.errors import DataError, MvkeError
+from mvke_tf.io import atomic_write, read_json, try_lock, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -126,16 +126,20 @@ def prepare_in_buckets(dataset: Dataset, folder: Path, fingerprint: str, buckets
     with open(work / ".lock", "a", encoding="utf-8") as lock:
         if not try_lock(lock):
             raise DataError(f"{folder} is being prepared by another process. Wait for it, or end it.")
-        made_of = [store.digest(dataset, fingerprint, store.IN_BUCKETS, buckets), dataset.to_dict()]
+        made_of = store.digest(dataset, fingerprint, store.IN_BUCKETS, buckets)
         about = work / "made_of.json"
         if not about.is_file() or read_json(about) != made_of:
             for path in work.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
-            with atomic_write(about) as temporary:
-                temporary.write_text(json.dumps(made_of), encoding="utf-8")
+            write_json(about, made_of)
         logger.info("Preparing %s in %d buckets of users in %s ...", dataset.name, buckets, work)
-        _Preparation(dataset, work, buckets).run(folder, fingerprint)
+        try:
+            _Preparation(dataset, work, buckets).run(folder, fingerprint)
+        except MvkeError:
+            # Tables or declaration have to change first.
+            shutil.rmtree(work)
+            raise
     shutil.rmtree(work)
 
 

@@ -191,6 +191,7 @@ def test_errors_name_the_row(tmp_path):
             prepared()
         messages.append(str(error.value))
     assert messages[0] == messages[1]
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 # Dies at the third of its renames, while what was to be renamed is complete.
