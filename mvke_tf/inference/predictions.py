@@ -50,18 +50,19 @@ def predict(model: TwoTowerModel, interactions: Interactions | Shards, batch: in
         DataError: If a feature is missing.
         MvkeError: If an output is NaN or infinite.
     """
-    if isinstance(interactions, Shards):
-        parts = [predict(model, piece, batch) for piece in interactions.pieces()]
-        return Predictions(
-            *(
-                {task: np.concatenate([getattr(one, kind)[task] for one in parts]) for task in tasks}
-                for kind, tasks in (("values", model.task_names), ("conditional", model.given))
-            )
-        )
     classes = {task: (len(names),) for task, names in model.classes.items()}
     values = {task: np.empty((len(interactions), *classes.get(task, ()))) for task in model.task_names}
-    class_vectors = {task: vectors.T for task, (vectors, _) in model.class_weights.items()}
     conditional = {task: np.empty(len(interactions)) for task in model.given}
+    if isinstance(interactions, Shards):
+        end = 0
+        for piece in interactions.pieces():
+            start, end = end, end + len(piece)
+            predicted = predict(model, piece, batch)
+            for whole, part in ((values, predicted.values), (conditional, predicted.conditional)):
+                for task, column in part.items():
+                    whole[task][start:end] = column
+        return Predictions(values, conditional)
+    class_vectors = {task: vectors.T for task, (vectors, _) in model.class_weights.items()}
     items, item_rows = _Items(model, interactions, batch), np.asarray(interactions.item_rows)
     for pairs, users, user_rows in _by_user(model, interactions, batch):
         for some in slices(len(pairs), PAIRS):
