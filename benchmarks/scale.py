@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds and peak memory of preparing a log and training on it for one epoch, by its rows, on this machine.
+"""Seconds and peak memory of preparing a log, training on it for one epoch and profiling its users, by its rows.
 
 Makes the ad log of `mvke_tf.datasets.ads` with each number of rows (users and ads grow with it), then runs
-`mvke prepare` and `mvke train --epochs 1` on it in processes of their own. Prints one JSON line per number of rows,
-and at the end what each further million rows costs.
+`mvke prepare`, `mvke train --epochs 1` and `mvke profile --tasks click` on it in processes of their own. Prints one
+JSON line per number of rows, and at the end what each further million rows costs. With `--memory_mb` a log that takes
+more is prepared and read in buckets.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mvke_tf.cli import positive_int, run_main
 
 MIB = 2**20
+STEPS = ("prepare", "train", "profile")
 # Runs a command line and prints the CPU seconds and the peak memory of its process.
 MEASURED = """
 import resource, sys
@@ -40,11 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=positive_int, nargs="+", default=[250_000, 1_000_000, 4_000_000])
     parser.add_argument("--batch_size", type=positive_int, default=4096, help="of the training (default: 4096)")
+    parser.add_argument("--memory_mb", type=positive_int, help="of the preparation (default: half of the machine's)")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="what to measure (default: all)")
+    parser.add_argument("--settings", default="", help="more options of the training, in one text")
     args = parser.parse_args()
     results = []
     for rows in sorted(args.rows):
         with tempfile.TemporaryDirectory() as folder:
-            results.append(measure(Path(folder), rows, args.batch_size))
+            results.append(measure(Path(folder), rows, args))
         print(json.dumps(results[-1]), flush=True)
     if len(results) > 1:
         first, last = results[0], results[-1]
@@ -57,14 +62,22 @@ def main() -> None:
         print(json.dumps({"per_million_rows": growth, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}))
 
 
-def measure(folder: Path, rows: int, batch_size: int) -> dict[str, Any]:
-    """What preparing and an epoch cost with a log of so many rows."""
+def measure(folder: Path, rows: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What the steps cost with a log of so many rows."""
     data = ["--data", "ads", "--rows", str(rows), "--data_dir", str(folder / "data")]
     code = "import sys; from mvke_tf.cli import parse, _dataset; _dataset(parse(sys.argv[1:]))"
     subprocess.run([sys.executable, "-c", code, "prepare", *data], check=True, stdout=subprocess.DEVNULL)
     result: dict[str, Any] = {"rows": rows}
-    settings = ["--epochs", "1", "--batch_size", str(batch_size), "--runs_dir", str(folder / "runs")]
-    for step, arguments in (("prepare", ["prepare", *data]), ("train", ["train", *data, *settings])):
+    memory = ["--memory_mb", str(args.memory_mb)] if args.memory_mb else []
+    settings = ["--epochs", "1", "--batch_size", str(args.batch_size), *args.settings.split()]
+    run = ["--runs_dir", str(folder / "runs"), "--run_name", "one"]
+    commands = {
+        "prepare": ["prepare", *data, *memory],
+        "train": ["train", *data, *settings, *run],
+        "profile": ["profile", str(folder / "runs" / "one"), "--tasks", "click", "--format", "parquet"],
+    }
+    for step in args.steps:
+        arguments = commands[step]
         started = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], check=True, capture_output=True, text=True)
         cpu, peak = done.stdout.rpartition("MEASURED")[2].split()

@@ -445,12 +445,13 @@ def _declares(path: Path) -> bool:
     return {"source", "features", "tasks"} <= values.keys()
 
 
-def prepared_of(args: argparse.Namespace, overwrite: bool = False) -> Any:
+def prepared_of(args: argparse.Namespace, overwrite: bool = False, memory_mb: int | None = None) -> Any:
     """The prepared dataset of a command line with the options of `add_data`."""
     from mvke_tf.data.preparation import prepared_dataset
     from mvke_tf.run_folder import RunFolder
 
-    prepared, run = prepared_dataset(_dataset(args), args.data_dir, overwrite), RunFolder(Path(args.data))
+    prepared = prepared_dataset(_dataset(args), args.data_dir, overwrite, memory_mb)
+    run = RunFolder(Path(args.data))
     if run.has_data and prepared.fingerprint != run.data["fingerprint"]:
         LOGGER.warning(
             "The tables of %s have changed since it was made. These are the data of now, not those that it was trained "
@@ -546,12 +547,18 @@ def _schema(args: argparse.Namespace) -> None:
 
 def _prepare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="prepare again what is prepared already")
+    parser.add_argument(
+        "--memory_mb",
+        type=positive_int,
+        help="memory that it may take, in MiB; a log that takes more is prepared, and then read, in buckets of its "
+        "users (default: half of the machine's)",
+    )
 
 
 def _prepare(args: argparse.Namespace) -> None:
     """Reads, splits and encodes a dataset once, for all models."""
     import_tensorflow()
-    prepared = prepared_of(args, args.overwrite)
+    prepared = prepared_of(args, args.overwrite, args.memory_mb)
     print(f"Prepared: {prepared.folder}")
     _say_next(("train", "--data", args.data))
 

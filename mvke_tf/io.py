@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -197,4 +198,22 @@ def process_exists(pid: int) -> bool:
         return False
     except PermissionError:
         pass
+    return True
+
+
+def try_lock(file: Any) -> bool:
+    """Whether the open file could be locked against other processes until it is closed."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            # A byte far behind the text, which others may still read.
+            file.seek(2**20)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
     return True

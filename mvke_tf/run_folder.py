@@ -26,16 +26,15 @@ import os
 import re
 import shlex
 import socket
-import sys
 import zipfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from mvke_tf.config import BASELINE_NAMES, FORMAT, RunConfig, TrainingConfig
 from mvke_tf.errors import ConfigError, RunError
-from mvke_tf.io import process_exists, read_json, remove_temporary
+from mvke_tf.io import process_exists, read_json, remove_temporary, try_lock
 
 History = list[dict[str, float]]
 Metrics = dict[str, float | int | None]
@@ -238,7 +237,7 @@ class RunFolder:
                 if not owner or is_elsewhere:
                     return owner
                 # The number may be that of another process by now.
-                return f"process {number}" if process_exists(number) and not _try_lock(file) else ""
+                return f"process {number}" if process_exists(number) and not try_lock(file) else ""
         except FileNotFoundError:
             return ""
 
@@ -261,7 +260,7 @@ class RunFolder:
             file.seek(0)
             owner, _, is_elsewhere = _owner_of(file.read(256))
             # The system knows the processes of this host only.
-            if not _try_lock(file) or is_elsewhere:
+            if not try_lock(file) or is_elsewhere:
                 raise RunError(
                     f"{self.folder} is being trained by another process ({owner or 'just started'}). Wait for it, or "
                     f"end it. If it no longer exists, delete {path}."
@@ -315,24 +314,6 @@ def _owner_of(text: str) -> tuple[str, int, bool]:
     if match is None:
         return "", 0, False
     return match[0], int(match[1]), not socket.gethostname().startswith(match[2])
-
-
-def _try_lock(file: Any) -> bool:
-    """Whether the open file could be locked against other processes until it is closed."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            # A byte far behind the text, which others may still read.
-            file.seek(2**20)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
 
 
 def results_table(report: Report, part: str) -> str:

@@ -132,13 +132,14 @@ def _subject(
     map_method: str = "pca",
     top: int = 10,
 ) -> Subject:
-    prepared = run.prepared
+    prepared = run.prepared.bucket_with(part, user)
     explained = user_state(prepared, part, user)
     rows = prepared.part_rows(part)
     chosen = np.arange(len(rows))
     if len(rows) > most_rows:
         chosen = np.sort(np.random.default_rng(0).choice(len(rows), most_rows, replace=False))
     logger.info("Analysing %s on %s rows of the %s part ...", run.checkpoint, f"{len(chosen):,}", part)
+    users = ", those of one bucket of users" if run.prepared.is_in_buckets else ""
     drawn = "" if len(chosen) == len(rows) else f", drawn at random of {len(rows):,}"
     data = _interactions(prepared, part, model.task_names, run.config.model.objective).take(chosen)
     # Without ids, items are combinations of features: those of these rows.
@@ -152,7 +153,7 @@ def _subject(
         explained,
         top,
         f"Model {run.config.model.name}, tasks {', '.join(model.task_names)}; {len(chosen):,} rows of the {part} part "
-        f"of {prepared.dataset.name} (split by {prepared.dataset.split.by}){drawn}.",
+        f"of {prepared.dataset.name} (split by {prepared.dataset.split.by}){users}{drawn}.",
     )
 
 

@@ -99,6 +99,10 @@ class Interactions:
         """Batches per epoch; the last one may be smaller."""
         return -(-len(self) // batch_size)
 
+    def pieces(self) -> Iterator[Interactions]:
+        """The pairs in pieces of which each fits into memory: one, as they are in memory."""
+        return iter([self])
+
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
@@ -116,6 +120,14 @@ class Shards:
 
     def __len__(self) -> int:
         return int(sum(self.sizes))
+
+    def pieces(self) -> Iterator[Interactions]:
+        """The shards one after another, each read anew."""
+        return (self.read(number) for number in range(len(self.sizes)))
+
+    def map(self, change: Callable[[Interactions], Interactions]) -> Shards:
+        """Shards that are changed when they are read; their numbers of pairs stay."""
+        return dataclasses.replace(self, read=lambda number: change(self.read(number)))
 
 
 class Batches:

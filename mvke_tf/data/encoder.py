@@ -347,30 +347,11 @@ class Encoder:
             rows: Rows of the tables to learn from, each once: those that occur in the training part.
             counts: Number of training rows of the log per row of each table, `(N,)`; by default 1 each.
         """
-        features = tuple(features)
-        state: dict[str, list] = {}
-        for feature, listed in _with_summaries(features):
-            if feature.embedding is not None or not _has_state(feature):
-                continue
-            chosen = np.asarray(rows[feature.tower])
-            if feature.encode == "vocabulary" and feature.values:
-                state[feature.name] = list(feature.values)
-            elif feature.boundaries:
-                dtype = np.float32 if feature.encode == "number" else np.float64
-                state[feature.name] = np.unique(np.asarray(feature.boundaries, dtype)).tolist()
-            else:
-                values, entity = _flat_values(feature, tables[feature.tower], chosen, listed)
-                if feature.encode == "vocabulary":
-                    count = np.ones(len(chosen), np.int64) if counts is None else counts[feature.tower][chosen]
-                    state[feature.name] = _vocabulary(feature, values, entity, np.asarray(count))
-                else:
-                    state[feature.name] = _bounds(feature, values) if len(values) else []
-            if not state[feature.name]:
-                logger.warning(
-                    "Nothing is known of the feature %r in the training part: every value of it is unknown.",
-                    feature.name,
-                )
-        return cls(features, state)
+        learner = Learner(features)
+        for tower, table in tables.items():
+            if tower in rows:
+                learner.add(tower, table, np.asarray(rows[tower]), None if counts is None else counts[tower])
+        return learner.encoder()
 
     def of_tower(self, tower: str) -> tuple[EncodedFeature, ...]:
         """The features of one tower, in order."""
@@ -603,6 +584,99 @@ class Encoder:
         return cls([_feature_from_dict(feature) for feature in features], state)
 
 
+class Learner:
+    """Learns an encoder from tables that come one after another, as `Encoder.fit` does from one per tower.
+
+    Args:
+        features: How each column is encoded.
+    """
+
+    def __init__(self, features: Iterable[EncodedFeature]) -> None:
+        self.features = tuple(features)
+        self._counted: dict[str, list[pl.DataFrame]] = {}
+        self._numbers: dict[str, list[tuple[np.ndarray, np.ndarray | None]]] = {}
+
+    def _learned(self) -> Iterator[tuple[EncodedFeature, EncodedFeature | None]]:
+        for feature, listed in _with_summaries(self.features):
+            if feature.embedding is None and _has_state(feature):
+                yield feature, listed
+
+    def columns(self, tower: str) -> list[str]:
+        """Names of the raw columns of a tower that something is learned from."""
+        learned = [listed or feature for feature, listed in self._learned() if _is_fitted(feature)]
+        of_tower = [feature for feature in learned if feature.tower == tower]
+        return list(dict.fromkeys(name for feature in of_tower for name in feature.raw_inputs))
+
+    def add(
+        self,
+        tower: str,
+        table: Mapping[str, Any],
+        rows: np.ndarray,
+        counts: np.ndarray | None = None,
+        order: np.ndarray | None = None,
+    ) -> None:
+        """Learns from chosen rows of one table.
+
+        Args:
+            tower: `"user"` or `"item"`.
+            table: Raw columns.
+            rows: Rows to learn from, each once.
+            counts: Number of training rows of the log per row of the table, `(N,)`; by default 1 each.
+            order: Of a table of several, where each of its rows stands among all, `(N,)`: sums depend on the order of
+                their terms. Rows of one number stand in the order in which they come.
+        """
+        for feature, listed in self._learned():
+            if feature.tower != tower or not _is_fitted(feature):
+                continue
+            values, entity = _flat_values(feature, table, rows, listed)
+            if feature.encode == "vocabulary":
+                count = np.ones(len(rows), np.int64) if counts is None else counts[rows]
+                self._counted.setdefault(feature.name, []).append(_counted(feature, values, entity, count))
+            elif order is None:
+                self._numbers.setdefault(feature.name, []).append((values, None))
+            elif feature.encode == "number" and feature.scaling == "standard":
+                self._numbers.setdefault(feature.name, []).append((values, order[rows][entity]))
+            else:
+                # Quantiles are those of the values in any order.
+                self._numbers.setdefault(feature.name, []).append(np.unique(values, return_counts=True))
+
+    def encoder(self) -> Encoder:
+        """What has been learned."""
+        state: dict[str, list] = {}
+        for feature, _ in self._learned():
+            if feature.encode == "vocabulary" and feature.values:
+                state[feature.name] = list(feature.values)
+            elif feature.boundaries:
+                dtype = np.float32 if feature.encode == "number" else np.float64
+                state[feature.name] = np.unique(np.asarray(feature.boundaries, dtype)).tolist()
+            elif feature.encode == "vocabulary":
+                state[feature.name] = _vocabulary(feature, pl.concat(self._counted[feature.name]))
+            else:
+                values = self._values(feature)
+                state[feature.name] = _bounds(feature, values) if len(values) else []
+            if not state[feature.name]:
+                logger.warning(
+                    "Nothing is known of the feature %r in the training part: every value of it is unknown.",
+                    feature.name,
+                )
+        return Encoder(self.features, state)
+
+    def _values(self, feature: EncodedFeature) -> np.ndarray:
+        numbers = self._numbers.pop(feature.name)
+        if len(numbers) == 1 and numbers[0][1] is None:
+            return numbers[0][0]
+        values = np.concatenate([values for values, _ in numbers])
+        others = np.concatenate([other for _, other in numbers if other is not None])
+        if feature.encode == "number" and feature.scaling == "standard":
+            return values[np.argsort(others, kind="stable")]
+        return np.repeat(values, others)
+
+
+def _is_fitted(feature: EncodedFeature) -> bool:
+    """Whether the state of an encoding is not declared."""
+    return not feature.values and not feature.boundaries
+
+
 def _short(value: Any, most: int = 120) -> str:
     text = repr(value)
     return text if len(text) <= most else text[:most] + "..."
@@ -751,15 +825,16 @@ def _summary_values(feature: EncodedFeature, table: Mapping[str, Any], rows: np.
     return numbers
 
 
-def _vocabulary(feature: EncodedFeature, values: np.ndarray, entity: np.ndarray, count: np.ndarray) -> list:
+def _counted(feature: EncodedFeature, values: np.ndarray, entity: np.ndarray, count: np.ndarray) -> pl.DataFrame:
+    """Of each value the number of entities that have it, and the sum of their counts."""
     known = pl.Series(values.tolist(), dtype=pl.String) if feature.raw == "string" else pl.Series(values)
-    frame = (
-        pl.DataFrame({"value": known, "entity": entity, "count": count[entity]})
-        .unique(["value", "entity"])
-        .group_by("value")
-        .agg(pl.len().alias("entities"), pl.col("count").sum())
-        .filter(pl.col("count") >= feature.min_count)
-    )
+    frame = pl.DataFrame({"value": known, "entity": entity, "count": count[entity]}).unique(["value", "entity"])
+    return frame.group_by("value").agg(pl.len().cast(pl.Int64).alias("entities"), pl.col("count").sum())
+
+
+def _vocabulary(feature: EncodedFeature, counted: pl.DataFrame) -> list:
+    frame = counted.group_by("value").agg(pl.col("entities").sum(), pl.col("count").sum())
+    frame = frame.filter(pl.col("count") >= feature.min_count)
     if feature.max_size:
         frame = frame.sort(["count", "entities", "value"], descending=[True, True, False]).head(feature.max_size)
     return frame.sort(["entities", "value"], descending=[True, False])["value"].to_list()

@@ -23,6 +23,7 @@ import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet as pq
 
 from mvke_tf.config import nearest
 from mvke_tf.data.declaration import ENDINGS
@@ -36,6 +37,11 @@ DAMAGE = (pl.exceptions.PolarsError, pa.ArrowException, OSError, EOFError, zlib.
 # A record without a value for a column need not name it: so many records tell the types of all.
 _SAMPLE_RECORDS = 1_000
 _RECORDS_AT_ONCE = 4_096
+# Rows that are read at a time of a table that is not read whole.
+PIECE = 2**17
+# By so many bytes of a file of text its rows are counted, and so much smaller is one that is compressed.
+_SAMPLE_BYTES = 2**20
+_COMPRESSED = 5
 
 
 def find(patterns: Sequence[tuple[str, str, int]], folder: Path) -> list[tuple[Path, int]]:
@@ -137,6 +143,74 @@ def read(
         raise DataError(f"{path} cannot be read as Parquet: {one_line(error)}.") from error
 
 
+def pieces(
+    path: Path, format: str, columns: Collection[str], delimiter: str = ",", null: Sequence[str] = ()
+) -> Iterator[pl.DataFrame]:
+    """The rows of a file of CSV or Parquet, at most `PIECE` of them at a time where it lets them be read so.
+
+    Args:
+        path: The file.
+        format: `"csv"` or `"parquet"`.
+        columns: See `read`.
+        delimiter: See `read`.
+        null: See `read`.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        if format == "csv":
+            with pa.csv.open_csv(path, **_csv_options(columns, delimiter, null)) as reader:
+                yield from (pl.DataFrame(pl.from_arrow(batch)) for batch in reader)
+            return
+        with pq.ParquetFile(path) as file:
+            sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
+        frame = pl.scan_parquet(path, glob=False, hive_partitioning=False).select(cs.by_name(*columns))
+        start = 0
+        for size in _few_rows(sizes):
+            yield frame.slice(start, size).collect()
+            start += size
+    except DAMAGE as error:
+        if format == "csv":
+            raise DataError(_csv_fault(path, delimiter, error)) from error
+        raise DataError(f"{path} cannot be read as Parquet: {one_line(error)}.") from error
+
+
+def _few_rows(sizes: Sequence[int]) -> Iterator[int]:
+    """Groups of rows as pieces: small groups together, and large ones in several."""
+    together = 0
+    for size in sizes:
+        if together and together + size > PIECE:
+            yield together
+            together = 0
+        together += size
+        while together > PIECE:
+            yield PIECE
+            together -= PIECE
+    if together:
+        yield together
+
+
+def size(path: Path, format: str) -> int:
+    """About how many rows a file has.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        if format == "parquet":
+            return pq.read_metadata(path).num_rows
+        with _open(path, "rb") as file:
+            sample = file.read(_SAMPLE_BYTES)
+    except DAMAGE as error:
+        raise DataError(f"{path} cannot be read: {one_line(error)}.") from error
+    # A record begins with its length, and has two checksums.
+    record = int.from_bytes(sample[:8], "little") + 16
+    per_row = len(sample) / max(sample.count(b"\n"), 1) if format == "csv" else record
+    expanded = _COMPRESSED if path.name.lower().endswith(".gz") else 1
+    return int(path.stat().st_size * expanded / max(per_row, 1))
+
+
 class Digests:
     """SHA-256 of files, remembered by their size and times of change so that an unchanged file is not read again.
 
@@ -202,15 +276,7 @@ def _is_remembered(entry: Any) -> bool:
 def _read_csv(
     path: Path, columns: Collection[str], rows: int | None, delimiter: str, null: Sequence[str]
 ) -> pl.DataFrame:
-    options = {
-        "parse_options": pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        "convert_options": pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(columns, pa.string()),
-            include_columns=list(columns),
-            null_values=["", *null],
-            strings_can_be_null=True,
-        ),
-    }
+    options = _csv_options(columns, delimiter, null)
     try:
         if rows is None:
             table = pa.csv.read_csv(path, **options)
@@ -225,6 +291,18 @@ def _read_csv(
     except DAMAGE as error:
         raise DataError(_csv_fault(path, delimiter, error)) from error
     return pl.DataFrame(pl.from_arrow(table))
+
+
+def _csv_options(columns: Collection[str], delimiter: str, null: Sequence[str]) -> dict[str, Any]:
+    return {
+        "parse_options": pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        "convert_options": pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(columns, pa.string()),
+            include_columns=list(columns),
+            null_values=["", *null],
+            strings_can_be_null=True,
+        ),
+    }
 
 
 def _open(path: Path, mode: str) -> Any:

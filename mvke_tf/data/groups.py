@@ -102,12 +102,16 @@ def group_counts(inside: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
     return np.stack(counts) if counts else np.zeros((0, size))
 
 
-def groups(prepared: PreparedDataset) -> tuple[Grouping, ...]:
+def groups(prepared: PreparedDataset, sides: Sequence[str] = TOWERS) -> tuple[Grouping, ...]:
     """The groups that the declaration of a dataset names, over the rows of `prepared.users` or `prepared.items`.
 
     Without `[groups]`, those of each feature that is neither an id nor a history of values, in the order of the
     features: one group per value of at most 30 values, and quartiles of a number; a feature that has one group only is
     left out. Values that are unknown are the last group, "unknown".
+
+    Args:
+        prepared: The data.
+        sides: Sides whose groups are wanted.
 
     Raises:
         DeclarationError: If bands are declared of a feature whose values are text, or too many; if one of the declared
@@ -116,12 +120,18 @@ def groups(prepared: PreparedDataset) -> tuple[Grouping, ...]:
     dataset = prepared.dataset
     features = {feature.name: feature for feature in prepared.encoder.features}
     if dataset.groups is not None:
-        return tuple(_declared(prepared, features[group.feature], group) for group in dataset.groups)
+        grouped = [(features[group.feature], group) for group in dataset.groups]
+        return tuple(_declared(prepared, feature, group) for feature, group in grouped if feature.tower in sides)
     found = []
     for declared in dataset.features:
         feature = features[declared.name]
         is_id = declared.source_column is not None and declared.source_column in (dataset.keys.user, dataset.keys.item)
-        if is_id or feature.raw == "vector" or (declared.history is not None and feature.is_list):
+        if (
+            feature.tower not in sides
+            or is_id
+            or feature.raw == "vector"
+            or (declared.history is not None and feature.is_list)
+        ):
             continue
         values, known = _values(prepared, feature)
         if feature.raw != "number" and len(_distinct(values[known])[0]) > MOST_VALUES:

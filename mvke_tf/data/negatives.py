@@ -7,6 +7,9 @@ A draw is a function of the seed and of the row's position in the ordered log, a
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +28,31 @@ _ATTEMPTS = 24
 _BLOCK = 1 << 22
 
 
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """All rows of a log in order, of which some ask for negatives.
+
+    Args:
+        time: Moment of each row, `(n,)`, ascending.
+        item: Number of the item of each row, `(n,)`.
+        items: How many items there are, whether or not the log has them.
+    """
+
+    time: np.ndarray
+    item: np.ndarray
+    items: int
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    @functools.cached_property
+    def first_seen(self) -> np.ndarray:
+        """Moment of the first row of each item; that of an item without one is later than any."""
+        first_seen = np.full(self.items, np.iinfo(np.int64).max)
+        np.minimum.at(first_seen, self.item, self.time)
+        return first_seen
+
+
 def draw(
     negatives: Negatives,
     user: np.ndarray,
@@ -33,6 +61,8 @@ def draw(
     items: int,
     catalogue: np.ndarray | None = None,
     user_ids: Sequence[Any] | pl.Series | None = None,
+    log: Log | None = None,
+    position: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws the negatives of each row of the log.
 
@@ -45,6 +75,8 @@ def draw(
         catalogue: Which items are candidates from the start, bool `(items,)`: those of a side table. By default none:
             an item is a candidate from its first row on.
         user_ids: What users are called in messages.
+        log: The whole log, if the rows are some of it: all rows of some users.
+        position: Position of each row in the whole log, `(n,)`, ascending.
 
     Returns:
         The row that each negative belongs to, ascending, and its item: int64 `(m,)` each. A row early in a log without
@@ -55,13 +87,15 @@ def draw(
     """
     per_row = negatives.per_positive
     rows = np.arange(len(user))
+    alone = log is None or position is None
+    if log is None or position is None:
+        log, position = Log(time, item, items), rows
     if negatives.future:
         first_seen = np.zeros(items, np.int64)
         latest, had = np.zeros(len(user), np.int64), _Had(user, item, np.zeros(len(user), np.int64), items)
     else:
         start = np.iinfo(np.int64).min
-        first_seen = np.full(items, np.iinfo(np.int64).max)
-        np.minimum.at(first_seen, item, time)
+        first_seen = log.first_seen.copy()
         if catalogue is not None:
             first_seen[catalogue] = start
         latest, had = time, _Had(user, item, time, items)
@@ -73,28 +107,29 @@ def draw(
     in_sight = np.searchsorted(first_seen[order], latest, side="right")
     choices = in_sight - had.count(user, latest)
     if not choices.all():
-        rows = _with_choices(negatives, choices, user, in_sight, catalogue, user_ids)
-    origin = np.repeat(rows, per_row)
+        rows = _with_choices(negatives, choices, user, in_sight, catalogue, user_ids, alone)
+    origin, rows_of_one = np.repeat(rows, per_row), np.arange(per_row)
     if negatives.kind == "uniform" and negatives.future:
         # One draw each, counted out among the items that the user never has.
-        share = np.random.default_rng([negatives.seed, 1]).random(len(user) * per_row)
+        share = _stream([negatives.seed, 1], np.repeat(position, per_row) * per_row + np.tile(rows_of_one, len(user)))
         return origin, order[had.unseen(user[origin], latest[origin], _numbers(share, choices[origin]))]
 
-    counter = origin * per_row + np.tile(np.arange(per_row), len(rows))
+    counter = position[origin] * per_row + np.tile(rows_of_one, len(rows))
     drawn = np.full(len(origin), -1, np.int64)
     if negatives.kind == "popularity":
         # A random row up to that moment: its item is as likely as its rows are many.
-        range_of = np.full(len(user), len(user)) if negatives.future else np.searchsorted(time, time, side="right")
-        pool = place[item]
+        range_of = np.full(len(user), len(log)) if negatives.future else np.searchsorted(log.time, time, side="right")
     else:
-        range_of, pool = in_sight, np.arange(items)
+        range_of = in_sight
     open_draws = np.arange(len(origin))
     for attempt in range(_ATTEMPTS):
         if not len(open_draws):
             break
         row = origin[open_draws]
         share = _uniform(negatives.seed, counter[open_draws], attempt)
-        hit = pool[_numbers(share, range_of[row])]
+        hit = _numbers(share, range_of[row])
+        if negatives.kind == "popularity":
+            hit = place[log.item[hit]]
         good = ~had.contains(user[row], hit, latest[row])
         drawn[open_draws[good]] = hit[good]
         open_draws = open_draws[~good]
@@ -102,7 +137,7 @@ def draw(
         row = origin[open_draws]
         share = _uniform(negatives.seed, counter[open_draws], _ATTEMPTS)
         drawn[open_draws] = had.unseen(user[row], latest[row], _numbers(share, choices[row]))
-        if negatives.kind == "popularity":
+        if negatives.kind == "popularity" and alone:
             logger.info(
                 "%s of %s negatives are drawn uniformly from the candidates: their users have had nearly all popular "
                 "items.",
@@ -119,22 +154,29 @@ def _with_choices(
     in_sight: np.ndarray,
     catalogue: np.ndarray | None,
     user_ids: Sequence[Any] | pl.Series | None,
+    alone: bool,
 ) -> np.ndarray:
     """The rows that have a candidate; raises unless the others only come too early."""
     row = int(choices.argmin())
     name = user[row] if user_ids is None else user_ids[int(user[row])]
-    if negatives.future or catalogue is not None or not choices.any():
+    if negatives.future or catalogue is not None or (alone and not choices.any()):
         raise DataError(
             f"A negative is an item that the user has not had, but user {name!r} has had all {in_sight[row]:,} items. "
             'Declare more items in [tables.items], or [negatives] kind = "none", or remove the user.'
         )
+    if alone:
+        warn_of_rows_without(int((choices == 0).sum()), len(choices))
+    return np.flatnonzero(choices)
+
+
+def warn_of_rows_without(number: int, rows: int) -> None:
+    """Says that some rows have no negatives."""
     logger.warning(
         "%s of %s rows have no negatives: up to their moments their users have had all items of the log. A side table "
         "of items, [tables.items], would give them candidates.",
-        f"{int((choices == 0).sum()):,}",
-        f"{len(choices):,}",
+        f"{number:,}",
+        f"{rows:,}",
     )
-    return np.flatnonzero(choices)
 
 
 class _Had:
@@ -212,6 +254,15 @@ class _Had:
 def _numbers(share: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Shares in [0, 1) as whole numbers in [0, below)."""
     return np.minimum((share * below).astype(np.int64), below - 1)
+
+
+def _stream(seed: Sequence[int], numbers: np.ndarray) -> np.ndarray:
+    """Those numbers of a random sequence in [0, 1), ascending ones counted from 0, that is made bit by bit."""
+    random, answer = np.random.default_rng(seed), np.empty(len(numbers))
+    ends = np.searchsorted(numbers, np.arange(0, int(numbers.max(initial=-1)) + 1 + _BLOCK, _BLOCK))
+    for block, (begin, end) in enumerate(itertools.pairwise(ends)):
+        answer[begin:end] = random.random(_BLOCK)[numbers[begin:end] - block * _BLOCK]
+    return answer
 
 
 def _uniform(seed: int, counter: np.ndarray, attempt: int) -> np.ndarray:

@@ -6,10 +6,11 @@ Nothing is written before everything has been checked.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,20 @@ _LARGEST = float(np.finfo(np.float32).max)
 _MOST_TRIES = 10_000
 
 
-def prepared_dataset(dataset: Dataset, data_dir: Path = Path("data"), overwrite: bool = False) -> PreparedDataset:
+def prepared_dataset(
+    dataset: Dataset, data_dir: Path = Path("data"), overwrite: bool = False, memory_mb: int | None = None
+) -> PreparedDataset:
     """The prepared dataset of a declaration, made unless it is there, in a folder below `data_dir`.
 
     The folder's name has a digest of format, declaration and contents of the tables: what has changed is another
-    folder, and nothing stale is ever read.
+    folder, and nothing stale is ever read. A log that does not fit into memory is prepared in buckets of its users;
+    what is there is taken as it is, in buckets or not.
 
     Args:
         dataset: The declaration.
         data_dir: Where prepared datasets are kept, in `prepared/<name>-<digest>`.
         overwrite: Whether to prepare anew what is there.
+        memory_mb: Memory that the preparation may take, in MiB; by default half of the machine's.
 
     Raises:
         DataError: If the tables cannot be read or do not fit the declaration.
@@ -76,11 +81,18 @@ def prepared_dataset(dataset: Dataset, data_dir: Path = Path("data"), overwrite:
         logger.info("%s is prepared already.", folder)
         digests.save()
         return prepared
-    prepared = prepare(dataset, dataclasses.replace(read_tables(dataset, fingerprinted=False), fingerprint=found))
-    prepared.save(folder)
+    from mvke_tf.data.buckets import number_of_buckets, prepare_in_buckets
+
+    buckets = number_of_buckets(dataset, memory_mb)
+    if buckets > 1:
+        prepare_in_buckets(dataset, folder, found, buckets)
+    else:
+        tables = dataclasses.replace(read_tables(dataset, fingerprinted=False), fingerprint=found)
+        prepare(dataset, tables).save(folder)
     digests.save()
+    prepared = PreparedDataset.load(folder)
     logger.info("Prepared %s in %s:\n%s", dataset.name, folder, describe(prepared))
-    return PreparedDataset.load(folder)
+    return prepared
 
 
 @names_the_declaration
@@ -96,69 +108,39 @@ def prepare(dataset: Dataset, tables: Tables | None = None) -> PreparedDataset:
         DeclarationError: If a label would be a feature, or a group cannot be made.
     """
     tables = read_tables(dataset) if tables is None else tables
-    rows = _Rows(dataset, tables)
-    parts = _parts(rows)
-    labels, weights = _labels(rows)
-    for task in dataset.tasks:
-        if not weights[task.name][parts == 0].any():
-            raise DataError(f"[tasks.{task.name}]: no row of the training part counts. Expected at least one label.")
-    origin, item, sampled = _interactions(rows)
-    time = None if rows.time is None else rows.time[origin]
-
-    features = {feature.name: _encoded_feature(rows, feature) for feature in dataset.features}
-    users, state, latest_users = _users(rows, features)
-    items, item_row, catalogue = _items(rows, features, parts, item, time)
-    encoded = list(features.values())
-    if not dataset.of_tower("item"):
-        encoded.append(EncodedFeature.constant_item())
-
-    user_row = state[origin]
-    training = (parts[origin] == 0) & ~sampled
+    rows = Rows(dataset, tables)
+    log = Log(dataset, [lambda: rows], rows.items, rows.time)
+    features = encoded_features(rows)
+    piece = Piece.of(rows, log, features)
+    users, latest_users = piece.users, piece.latest_users
+    items, item_row, catalogue = items_of(log, features, piece.parts, piece.item, piece.time)
+    training = piece.training
     counts = {
-        "user": np.bincount(user_row[training], minlength=len(users.key)),
+        "user": np.bincount(piece.user_row[training], minlength=len(users.key)),
         "item": np.bincount(item_row[training], minlength=len(items.key)),
     }
     encoder = Encoder.fit(
-        encoded,
+        features_of_encoder(dataset, features),
         {"user": users.raw, "item": items.raw},
         {tower: np.flatnonzero(number) for tower, number in counts.items()},
         counts,
     )
-    tables_of = [
-        EntityTable(
-            table.side,
-            table.key,
-            encoder.encode_numpy(table.raw, table.side, len(table)),
-            table.raw,
-            table.name,
-            table.time,
-        )
-        for table in (users, items, latest_users)
-    ]
-    counting = {
-        task.name: np.where(sampled, np.float32(task.kind == "binary"), weights[task.name][origin])
-        for task in dataset.tasks
-    }
     prepared = PreparedDataset(
         dataset=dataset,
         encoder=encoder,
         fingerprint=tables.fingerprint,
-        users=tables_of[0],
-        items=tables_of[1],
-        latest_users=tables_of[2],
+        users=encoded(encoder, users),
+        items=encoded(encoder, items),
+        latest_users=encoded(encoder, latest_users),
         catalogue=catalogue,
-        user_row=user_row,
+        user_row=piece.user_row,
         item_row=item_row,
-        split=parts[origin],
-        labels={name: np.where(sampled, 0, label[origin]) for name, label in labels.items()},
-        weights=counting,
-        time=time,
-        sampled=sampled,
-        offsets={
-            task.name: _offset(task, labels[task.name][parts == 0], weights[task.name][parts == 0])
-            for task in dataset.tasks
-            if task.kind in ("regression", "count")
-        },
+        split=piece.split,
+        labels=piece.labels,
+        weights=piece.weights,
+        time=piece.time,
+        sampled=piece.sampled,
+        offsets=offsets(dataset, piece.facts),
     )
     if dataset.groups is not None:
         # A group that cannot be made is known before anything is trained.
@@ -166,11 +148,140 @@ def prepare(dataset: Dataset, tables: Tables | None = None) -> PreparedDataset:
     return prepared
 
 
-def _offset(task: TaskDeclaration, labels: np.ndarray, weights: np.ndarray) -> float:
-    """From where a model starts to learn: the mean label, or the logarithm of that of counts."""
-    mean = float(np.average(labels, weights=weights))
-    # Of counts that are all 0, a rate that is nearly 0.
-    return round(float(np.log(max(mean, 1e-4))) if task.kind == "count" else mean, 4)
+def encoded_features(rows: Rows) -> dict[str, EncodedFeature]:
+    """How the declared features are encoded, by name."""
+    return {feature.name: _encoded_feature(rows, feature) for feature in rows.dataset.features}
+
+
+def features_of_encoder(dataset: Dataset, features: Mapping[str, EncodedFeature]) -> list[EncodedFeature]:
+    """The features of an encoder: an item side without any has one that is constant."""
+    every = list(features.values())
+    return every if dataset.of_tower("item") else [*every, EncodedFeature.constant_item()]
+
+
+def encoded(encoder: Encoder, table: EntityTable) -> EntityTable:
+    """The table with its encoded columns."""
+    return dataclasses.replace(table, encoded=encoder.encode_numpy(table.raw, table.side, len(table)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What is made of the rows of some users: of all of them in memory, else of those of one bucket.
+
+    Args:
+        users: The states of the users, not encoded.
+        latest_users: The latest state of each user, not encoded.
+        user_row: Row of `users` of each interaction, `(n,)`.
+        item: Number of the item of each interaction, `(n,)`; None where items have no keys.
+        split: Part of each interaction, `(n,)`.
+        sampled: Which interactions are sampled negatives, bool `(n,)`.
+        time: Moment of each interaction, `(n,)`; None without.
+        labels: `{task: (n,)}`.
+        weights: `{task: (n,)}`.
+        parts: Part of each row of the log, int8 `(m,)`.
+        facts: See `check_facts`.
+    """
+
+    users: EntityTable
+    latest_users: EntityTable
+    user_row: np.ndarray
+    item: np.ndarray | None
+    split: np.ndarray
+    sampled: np.ndarray
+    time: np.ndarray | None
+    labels: Mapping[str, np.ndarray]
+    weights: Mapping[str, np.ndarray]
+    parts: np.ndarray
+    facts: dict[str, Any]
+
+    @classmethod
+    def of(cls, rows: Rows, log: Log, features: Mapping[str, EncodedFeature]) -> Piece:
+        """What is made of some rows of a log."""
+        dataset = rows.dataset
+        parts = _parts(rows, log)
+        labels, weights, tasks = _labels(rows, parts)
+        facts: dict[str, Any] = {"parts": np.bincount(parts, minlength=3).tolist(), "tasks": tasks}
+        if log.is_alone:
+            check_facts(dataset, facts)
+        origin, item, sampled = _interactions(rows, log)
+        facts["rows_without_negatives"] = 0
+        if dataset.negatives.kind != "none" and rows.items is not None:
+            facts["rows_without_negatives"] = len(rows) - int(sampled.sum()) // dataset.negatives.per_positive
+        users, state, latest_users = _users(rows, features)
+        counting = {
+            task.name: np.where(sampled, np.float32(task.kind == "binary"), weights[task.name][origin])
+            for task in dataset.tasks
+        }
+        return cls(
+            users=users,
+            latest_users=latest_users,
+            user_row=state[origin],
+            item=item,
+            split=parts[origin],
+            sampled=sampled,
+            time=None if rows.time is None else rows.time[origin],
+            labels={name: np.where(sampled, 0, label[origin]) for name, label in labels.items()},
+            weights=counting,
+            parts=parts,
+            facts=facts,
+        )
+
+    @property
+    def training(self) -> np.ndarray:
+        """Which interactions are training rows that were not sampled, bool `(n,)`."""
+        return (self.split == 0) & ~self.sampled
+
+
+def check_facts(dataset: Dataset, facts: Mapping[str, Any]) -> None:
+    """Raises, or warns, where what is known of all rows says that something is wrong with them.
+
+    Args:
+        dataset: The declaration.
+        facts: Of the whole log: `parts`, the number of rows of each, and `tasks`, see `_labels`.
+
+    Raises:
+        NoTrainingRowError: If all rows are in other parts.
+        DataError: If a task has nothing to learn from.
+    """
+    split.check_parts(facts["parts"])
+    for number, part in enumerate(PARTS):
+        if not facts["parts"][number]:
+            logger.warning("[split] gives the %s part no row.", part)
+    for task in dataset.tasks:
+        place, of_task = f"[tasks.{task.name}]", facts["tasks"][task.name]
+        low, high = of_task["labels"] or (0, 1)
+        if task.kind == "binary" and dataset.negatives.kind == "none" and low == high:
+            logger.warning("%s: all labels are %g; there is nothing to tell apart.", place, low)
+        if of_task["out_of_order"]:
+            logger.warning(
+                "%s: in %s rows the label is 1, but that of %r, which comes first, is 0.",
+                place,
+                f"{of_task['out_of_order']:,}",
+                task.given,
+            )
+        only_after = of_task["without_event"] and not of_task["counts_without_event"]
+        if task.kind == "binary" and task.objective == "joint" and only_after:
+            logger.warning(
+                "%s: the label is known only where that of %r is 1, and over those rows alone the product of the "
+                'two probabilities says nothing of the second. Declare objective = "conditional", which learns it '
+                "from these rows, or a label that is 0 in the others.",
+                place,
+                task.given,
+            )
+    for task in dataset.tasks:
+        if not facts["tasks"][task.name]["training"]:
+            raise DataError(f"[tasks.{task.name}]: no row of the training part counts. Expected at least one label.")
+
+
+def offsets(dataset: Dataset, facts: Mapping[str, Any]) -> dict[str, float]:
+    """From where the tasks of numbers start to learn: the mean label, or the logarithm of that of counts."""
+    found = {}
+    for task in dataset.tasks:
+        if task.kind in ("regression", "count"):
+            mean = facts["tasks"][task.name]["sum"] / facts["tasks"][task.name]["weight"]
+            # Of counts that are all 0, a rate that is nearly 0.
+            found[task.name] = round(float(np.log(max(mean, 1e-4))) if task.kind == "count" else mean, 4)
+    return found
 
 
 def describe(prepared: PreparedDataset) -> str:
@@ -181,28 +292,38 @@ def describe(prepared: PreparedDataset) -> str:
     heads = ["part", "rows"]
     shown = {"binary": "positive", "multiclass": "commonest"}
     heads += [f"{shown.get(task.kind, 'mean')} {task.name}" for task in prepared.dataset.tasks]
-    new = {
-        side: ~prepared.known(side)[rows]
-        for side, rows, has in (
-            ("user", prepared.user_row, prepared.has_users),
-            ("item", prepared.item_row, prepared.has_items),
-        )
-        if has
-    }
-    lines = [[*heads, *(f"new {side}s" for side in new)]]
-    for number, part in enumerate(PARTS):
-        of_part = prepared.split == number
-        line = [part, f"{of_part.sum():,}"]
+    sides = [side for side, has in (("user", prepared.has_users), ("item", prepared.has_items)) if has]
+    known_items = prepared.known("item")
+    lines = [[*heads, *(f"new {side}s" for side in sides)]]
+    for part in PARTS:
+        rows, new = 0, dict.fromkeys(sides, 0)
+        # Of each class, its weight; else of all labels their sum, and that of their weights.
+        sums = {task.name: np.zeros(max(len(task.class_names), 2)) for task in prepared.dataset.tasks}
+        for bucket in prepared.buckets():
+            of_part = bucket.part_rows(part)
+            rows += len(of_part)
+            for task in prepared.dataset.tasks:
+                label = bucket.label(task.name)[of_part].astype(np.float64)
+                weight = bucket.weight(task.name)[of_part].astype(np.float64)
+                if task.kind == "multiclass":
+                    known = label[weight > 0].astype(int)
+                    sums[task.name] += np.bincount(known, minlength=len(task.class_names))
+                else:
+                    weight = weight > 0 if task.kind == "binary" else weight
+                    sums[task.name] += (label * weight).sum(), weight.sum()
+            for side in sides:
+                known = known_items[bucket.item_row] if side == "item" else bucket.known("user")[bucket.user_row]
+                new[side] += int((~known[of_part]).sum())
+        line = [part, f"{rows:,}"]
         for task in prepared.dataset.tasks:
-            label, weight = prepared.label(task.name)[of_part], prepared.weight(task.name)[of_part]
+            numbers = sums[task.name]
             if task.kind == "binary":
-                line.append(f"{int((label * (weight > 0)).sum()):,}")
-            elif task.kind == "multiclass" and weight.any():
-                numbers = np.bincount(label[weight > 0].astype(int), minlength=len(task.class_names))
+                line.append(f"{int(numbers[0]):,}")
+            elif task.kind == "multiclass" and numbers.any():
                 line.append(f"{task.class_names[numbers.argmax()]} ({numbers.max() / numbers.sum():.1%})")
             else:
-                line.append(f"{np.average(label, weights=weight):.4g}" if weight.any() else "none")
-        line += [f"{flags[of_part].mean():.1%}" if of_part.any() else "none" for flags in new.values()]
+                line.append(f"{numbers[0] / numbers[1]:.4g}" if numbers[1] else "none")
+        line += [f"{number / rows:.1%}" if rows else "none" for number in new.values()]
         lines.append(line)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
@@ -212,7 +333,7 @@ def describe(prepared: PreparedDataset) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entities:
+class Entities:
     """The users or items of a dataset.
 
     Args:
@@ -231,17 +352,32 @@ class _Entities:
         return len(self.keys)
 
 
-class _Rows:
-    """The rows of the log in the order of time, user and item, and what belongs to each."""
+class Rows:
+    """The rows of the log in the order of time, user and item, and what belongs to each.
 
-    def __init__(self, dataset: Dataset, tables: Tables) -> None:
+    Args:
+        dataset: The declaration.
+        tables: Its tables.
+        items: All items, where the log has some rows only; the numbers of their rows are not read.
+        position: Position of each row among all, ascending, where the log has some rows only.
+    """
+
+    def __init__(
+        self, dataset: Dataset, tables: Tables, items: Entities | None = None, position: np.ndarray | None = None
+    ) -> None:
         self.dataset, self.tables = dataset, tables
+        self.position = np.arange(len(tables.tables[LOG])) if position is None else position
         self.log = tables.tables[LOG]
         time = None
         if dataset.source.time is not None:
             time = self.log.times(dataset.source.time, dataset.source.time_unit)
         users = self._entities(USERS, dataset.keys.user, None if dataset.users is None else dataset.users.on)
-        items = self._entities(ITEMS, dataset.keys.item, None if dataset.items is None else dataset.items.on)
+        if items is None:
+            items = self._entities(ITEMS, dataset.keys.item, None if dataset.items is None else dataset.items.on)
+        else:
+            key = str(dataset.keys.item)
+            kind = "string" if items.keys.dtype == pl.String else "integer"
+            items = dataclasses.replace(items, of_row=numbers_of(self.log.keys(key, kind), items.keys))
         sort_keys = [entities.of_row for entities in (items, users) if entities is not None]
         if time is not None:
             sort_keys.append(time)
@@ -249,7 +385,9 @@ class _Rows:
         self.time = None if time is None else time[self.order]
         # A row without a user key is a user whose number is that of the row.
         if users is None:
-            users = _Entities(pl.Series(np.arange(len(self.log))), np.arange(len(self.log)))
+            number = self.log.numbers_of_rows
+            number = np.arange(len(self.log)) if number is None else number
+            users = Entities(pl.Series(number), np.arange(len(self.log)))
         self.users = dataclasses.replace(users, of_row=users.of_row[self.order])
         self.items = None if items is None else dataclasses.replace(items, of_row=items.of_row[self.order])
         self._cache: dict[Any, Any] = {}
@@ -257,7 +395,7 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.log)
 
-    def _entities(self, name: str, key: str | None, on: str | None) -> _Entities | None:
+    def _entities(self, name: str, key: str | None, on: str | None) -> Entities | None:
         if key is None:
             return None
         side, on = self.tables.tables.get(name), on or key
@@ -265,22 +403,14 @@ class _Rows:
         keys = self.log.keys(key, kind)
         if side is None:
             distinct = keys.unique().sort()
-            return _Entities(distinct, _numbers(keys, distinct))
-        side_keys = side.unique_keys(on, kind)
-        distinct = pl.concat([keys, side_keys]).unique().sort() if name == ITEMS else keys.unique().sort()
-        side_row = np.full(len(distinct), -1)
-        number = _numbers(side_keys, distinct)
-        side_row[number[number >= 0]] = np.flatnonzero(number >= 0)
-        of_row = _numbers(keys, distinct)
-        if without := int((side_row < 0).sum()):
-            logger.warning(
-                "%s of the %s %s of the log are not in %s: the columns of that table are unknown for them.",
-                f"{without:,}",
-                f"{len(np.unique(of_row)):,}",
-                name,
-                side.source,
-            )
-        return _Entities(distinct, of_row, side, side_row)
+            return Entities(distinct, numbers_of(keys, distinct))
+        distinct = pl.concat([keys, side.unique_keys(on, kind)]) if name == ITEMS else keys
+        distinct = distinct.unique().sort()
+        side_row = side_rows_of(side, on, distinct)
+        of_row = numbers_of(keys, distinct)
+        if self.log.whole is None:
+            warn_of_lacking(name, int((side_row < 0).sum()), len(np.unique(of_row)), side)
+        return Entities(distinct, of_row, side, side_row)
 
     def _key_kind(self, name: str, key: str, side: Table | None, on: str) -> str:
         """Keys are whole numbers where all tables that have them say so, unless a feature of them is declared."""
@@ -305,7 +435,7 @@ class _Rows:
         """The moment of each row, where the declaration has something that needs it."""
         return _needed(self.time)
 
-    def entities(self, tower: str) -> _Entities:
+    def entities(self, tower: str) -> Entities:
         """The users or the items, where the declaration has something that needs their keys."""
         entities = self.users if tower == "user" else self.items
         if entities is None:
@@ -443,6 +573,18 @@ class _Rows:
             raise DataError(f"{place} = {text!r} does not fit its columns: {one_line(fault)}.") from fault
 
 
+def warn_of_lacking(name: str, lacking: int, number: int, side: Table) -> None:
+    """Says how many of the users or items of the log a side table lacks."""
+    if lacking:
+        logger.warning(
+            "%s of the %s %s of the log are not in %s: the columns of that table are unknown for them.",
+            f"{lacking:,}",
+            f"{number:,}",
+            name,
+            side.source,
+        )
+
+
 def _fitting(expression: pl.Expr, choices: Sequence[Sequence[pl.Series]]) -> list[pl.Series]:
     """The first forms of columns whose types an expression takes; those that come first if it takes none.
 
@@ -490,7 +632,15 @@ def _needed(time: np.ndarray | None) -> np.ndarray:
     return time
 
 
-def _numbers(values: pl.Series, distinct: pl.Series) -> np.ndarray:
+def side_rows_of(side: Table, on: str, keys: pl.Series) -> np.ndarray:
+    """The row of a side table, whose keys are in the column `on`, of each of distinct keys; -1 of those it lacks."""
+    number = numbers_of(side.unique_keys(on, "string" if keys.dtype == pl.String else "integer"), keys)
+    side_row = np.full(len(keys), -1)
+    side_row[number[number >= 0]] = np.flatnonzero(number >= 0)
+    return side_row
+
+
+def numbers_of(values: pl.Series, distinct: pl.Series) -> np.ndarray:
     """The position of each value among distinct ones; -1 of others."""
     positions = pl.DataFrame({"value": distinct, "number": np.arange(len(distinct))})
     joined = values.alias("value").to_frame().join(positions, on="value", how="left", maintain_order="left")
@@ -506,19 +656,17 @@ def gather(values: pl.Series, rows: np.ndarray) -> pl.Series:
 # Parts, labels, negatives
 
 
-def _parts(rows: _Rows) -> np.ndarray:
-    """The part of each row of the log, int8."""
+def _parts(rows: Rows, log: Log) -> np.ndarray:
+    """The part of each row, int8."""
     declared = rows.dataset.split
-    if declared.by == "files":
+    if declared.by in ("share_of_time", "random"):
+        parts = log.shares[rows.position]
+    elif declared.by == "files":
         parts = rows.log.parts()[rows.order]
     elif declared.by == "time":
         parts = split.by_time(rows.moments, *rows.dataset.moments)
-    elif declared.by == "share_of_time":
-        parts = split.by_share_of_time(rows.moments, split.share_ends(declared))
     elif declared.by == "per_user":
         parts = split.per_user(rows.users.of_row, rows.moments, split.share_ends(declared))
-    elif declared.by == "random":
-        parts = split.by_chance(len(rows), split.share_ends(declared), declared.seed)
     elif declared.by == "hash":
         if declared.column is None:
             values = gather(rows.users.keys, rows.users.of_row)
@@ -538,17 +686,19 @@ def _parts(rows: _Rows) -> np.ndarray:
                 f"{rows.place(row)}, column {declared.column!r}: expected a value that [split] names: {named}. "
                 f"Received: {values[row]!r}."
             )
-    split.check_parts(parts)
-    for number, part in enumerate(PARTS):
-        if not (parts == number).any():
-            logger.warning("[split] gives the %s part no row.", part)
     return parts
 
 
-def _labels(rows: _Rows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Label and weight of each row of the log, per task; 0 and 0 where it does not count."""
+def _labels(
+    rows: Rows, parts: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+    """Label and weight of each row, per task, 0 and 0 where it does not count; and facts of each task.
+
+    The facts are numbers of rows, sums over the training part, and the lowest and highest label of rows that count.
+    """
     labels: dict[str, np.ndarray] = {}
     weights: dict[str, np.ndarray] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for task in rows.dataset.tasks:
         place = f"[tasks.{task.name}]"
         stored = _classes(rows, task, place) if task.classes else rows.value(task.label, f"{place} label")
@@ -565,30 +715,26 @@ def _labels(rows: _Rows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
                 weight *= _row_weights(rows, column, where, counts)
         _check_size(rows, weight, f"{place}: the product of both weights")
         weights[task.name] = weight
-        if task.kind == "binary" and rows.dataset.negatives.kind == "none" and len(np.unique(label[counts])) == 1:
-            logger.warning("%s: all labels are %g; there is nothing to tell apart.", place, label[counts][0])
+        training, of_label = parts == 0, labels[task.name]
+        facts[task.name] = {
+            "training": int((weight[training] != 0).sum()),
+            "labels": [float(label[counts].min()), float(label[counts].max())] if counts.any() else None,
+            "sum": float((of_label[training] * weight[training]).sum()),
+            "weight": float(weight[training].sum()),
+            **dict.fromkeys(("out_of_order", "without_event", "counts_without_event"), 0),
+        }
         if task.given is not None:
-            out_of_order = (label == 1) & (labels[task.given] != 1) & (weights[task.given] > 0)
-            if out_of_order.any():
-                logger.warning(
-                    "%s: in %s rows the label is 1, but that of %r, which comes first, is 0.",
-                    place,
-                    f"{int(out_of_order.sum()):,}",
-                    task.given,
-                )
-            without = (labels[task.given] == 0) & (weights[task.given] > 0)
-            if task.kind == "binary" and task.objective == "joint" and without.any() and not weight[without].any():
-                logger.warning(
-                    "%s: the label is known only where that of %r is 1, and over those rows alone the product of the "
-                    'two probabilities says nothing of the second. Declare objective = "conditional", which learns it '
-                    "from these rows, or a label that is 0 in the others.",
-                    place,
-                    task.given,
-                )
-    return labels, weights
+            known = weights[task.given] > 0
+            without = (labels[task.given] == 0) & known
+            facts[task.name] |= {
+                "out_of_order": int(((label == 1) & (labels[task.given] != 1) & known).sum()),
+                "without_event": int(without.sum()),
+                "counts_without_event": int((weight[without] != 0).sum()),
+            }
+    return labels, weights, facts
 
 
-def _classes(rows: _Rows, task: TaskDeclaration, place: str) -> pl.Series:
+def _classes(rows: Rows, task: TaskDeclaration, place: str) -> pl.Series:
     """The index of each row's class, -1 of a label that is none, null where there is no label."""
     index = np.full(len(rows), -1.0)
     for number, value in enumerate(task.classes or ()):
@@ -598,7 +744,7 @@ def _classes(rows: _Rows, task: TaskDeclaration, place: str) -> pl.Series:
     return pl.Series(np.where(known, index, np.nan)).fill_nan(None)
 
 
-def _check_labels(rows: _Rows, task: TaskDeclaration, label: np.ndarray, counts: np.ndarray) -> None:
+def _check_labels(rows: Rows, task: TaskDeclaration, label: np.ndarray, counts: np.ndarray) -> None:
     if task.kind == "binary":
         wrong, expected = (label != 0) & (label != 1), "0 or 1"
     elif task.kind == "multiclass":
@@ -621,7 +767,7 @@ def _check_labels(rows: _Rows, task: TaskDeclaration, label: np.ndarray, counts:
         )
 
 
-def _check_size(rows: _Rows, numbers: np.ndarray, what: str) -> None:
+def _check_size(rows: Rows, numbers: np.ndarray, what: str) -> None:
     wrong = np.abs(numbers) > _LARGEST
     if wrong.any():
         row = int(wrong.argmax())
@@ -631,7 +777,7 @@ def _check_size(rows: _Rows, numbers: np.ndarray, what: str) -> None:
         )
 
 
-def _row_weights(rows: _Rows, column: str, place: str, counts: np.ndarray) -> np.ndarray:
+def _row_weights(rows: Rows, column: str, place: str, counts: np.ndarray) -> np.ndarray:
     """The weight of each row; 0 where it is unknown, which it may be where the row does not count."""
     weights = rows.scalars(column, "number", place)
     wrong = (weights.is_null() & pl.Series(counts)) | (weights < 0).fill_null(False)
@@ -645,7 +791,7 @@ def _row_weights(rows: _Rows, column: str, place: str, counts: np.ndarray) -> np
     return weights.fill_null(0.0).to_numpy()
 
 
-def _interactions(rows: _Rows) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+def _interactions(rows: Rows, log: Log) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Row of the log, number of the item, and whether it is sampled, of each interaction: rows, each with negatives."""
     declared, items = rows.dataset.negatives, rows.items
     every_row = np.arange(len(rows))
@@ -654,7 +800,8 @@ def _interactions(rows: _Rows) -> tuple[np.ndarray, np.ndarray | None, np.ndarra
     time = np.zeros(len(rows), np.int64) if rows.time is None else rows.time
     catalogue = None if items.side_row is None else items.side_row >= 0
     origin, drawn = negatives.draw(
-        declared, rows.users.of_row, items.of_row, time, len(items), catalogue, rows.users.keys
+        *(declared, rows.users.of_row, items.of_row, time, len(items), catalogue, rows.users.keys),
+        *((None, None) if log.is_alone else (log.for_negatives, rows.position)),
     )
     origins = np.concatenate([every_row, origin])
     order = np.argsort(origins, kind="stable")
@@ -665,7 +812,7 @@ def _interactions(rows: _Rows) -> tuple[np.ndarray, np.ndarray | None, np.ndarra
 # Raw columns
 
 
-def _encoded_feature(rows: _Rows, feature: FeatureDeclaration) -> EncodedFeature:
+def _encoded_feature(rows: Rows, feature: FeatureDeclaration) -> EncodedFeature:
     """How a feature is encoded: the kind of its raw values is that of the feature that owns the vocabulary."""
     owner = rows.dataset.owner(feature)
     if owner.encode in ("buckets", "number"):
@@ -681,7 +828,7 @@ def _encoded_feature(rows: _Rows, feature: FeatureDeclaration) -> EncodedFeature
     return EncodedFeature.from_declaration(feature, rows.dataset, kind)
 
 
-def _natural_kind(rows: _Rows, feature: FeatureDeclaration) -> str:
+def _natural_kind(rows: Rows, feature: FeatureDeclaration) -> str:
     place = f"[features.{feature.name}]"
     if feature.history is not None:
         column = _column_of(feature)
@@ -712,11 +859,14 @@ class _Column:
         rows: The rows of the log.
         declared: The feature.
         encoded: How it is encoded.
+        table: The table, where it is another one than the declaration says.
     """
 
-    def __init__(self, rows: _Rows, declared: FeatureDeclaration, encoded: EncodedFeature) -> None:
+    def __init__(
+        self, rows: Rows, declared: FeatureDeclaration, encoded: EncodedFeature, table: Table | None = None
+    ) -> None:
         self.feature = encoded
-        self.table = rows.table_of(declared)
+        self.table = table or rows.table_of(declared)
         self.column = _column_of(declared)
         column, missing = self.column, (*declared.missing, *rows.dataset.owner(declared).missing)
         self._values: np.ndarray | Lists | pl.Series
@@ -726,7 +876,7 @@ class _Column:
         elif encoded.is_list:
             if declared.weights is not None:
                 holder = rows.holder_of(declared, declared.weights, "weights")
-                if holder is not self.table:
+                if holder.name != self.table.name:
                     raise DataError(
                         f"[features.{declared.name}]: expected the columns {column!r} and {declared.weights!r} in one "
                         f"table. Received: {self.table.source} and {holder.source}."
@@ -779,7 +929,7 @@ def _padded(feature: EncodedFeature, lists: Lists) -> Raw:
 # Users
 
 
-def _users(rows: _Rows, features: Mapping[str, EncodedFeature]) -> tuple[EntityTable, np.ndarray, EntityTable]:
+def _users(rows: Rows, features: Mapping[str, EncodedFeature]) -> tuple[EntityTable, np.ndarray, EntityTable]:
     """All user states, the state of each row of the log, and the latest state of each user; not encoded."""
     declared = rows.dataset.of_tower("user")
     columns = {f.name: _Column(rows, f, features[f.name]) for f in declared if f.source_column}
@@ -833,7 +983,7 @@ def _users(rows: _Rows, features: Mapping[str, EncodedFeature]) -> tuple[EntityT
     )
 
 
-def _states(rows: _Rows, declared: Sequence[FeatureDeclaration], with_time: bool) -> tuple[np.ndarray, np.ndarray]:
+def _states(rows: Rows, declared: Sequence[FeatureDeclaration], with_time: bool) -> tuple[np.ndarray, np.ndarray]:
     """The first row of the log of each user state, in the order of users and time; the state of each row."""
     user = rows.users.of_row
     keys = {"user": pl.Series(user)}
@@ -873,7 +1023,7 @@ class _Histories:
         inclusive: Whether the rows of these moments count too.
     """
 
-    def __init__(self, rows: _Rows, user: np.ndarray, moment: np.ndarray, inclusive: bool) -> None:
+    def __init__(self, rows: Rows, user: np.ndarray, moment: np.ndarray, inclusive: bool) -> None:
         self._rows, self._asked = rows, (user, moment)
         self._inclusive = inclusive
         self._events = rows.events_of_users
@@ -920,8 +1070,114 @@ class _Histories:
 # Items
 
 
-def _items(
-    rows: _Rows,
+class Log:
+    """All rows of a log, in the order of time, user and item: in memory, or opened bucket by bucket.
+
+    Args:
+        dataset: The declaration.
+        buckets: Open the rows of each bucket, or all rows.
+        items: All items, numbered by row in that order; None where they have no keys.
+        time: Moment of each row in that order; None without.
+        rows: How many rows there are in buckets; None of a log in memory.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        buckets: Sequence[Callable[[], Rows]],
+        items: Entities | None,
+        time: np.ndarray | None,
+        rows: int | None = None,
+    ) -> None:
+        self.dataset, self.items, self.time = dataset, items, time
+        self._buckets = buckets
+        # Whether all rows are in memory.
+        self.is_alone = rows is None
+        self._rows = len(buckets[0]()) if rows is None else rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def moments(self) -> np.ndarray:
+        """The moment of each row, where the declaration has something that needs it."""
+        return _needed(self.time)
+
+    def entities(self) -> Entities:
+        """The items, where the declaration has something that needs their keys."""
+        if self.items is None:
+            raise DeclarationError("Expected the column of the item of each row. Received none: declare [keys] item.")
+        return self.items
+
+    def any_rows(self) -> Rows:
+        """The rows of a bucket, for what is the same in all of them."""
+        return self._buckets[0]()
+
+    def buckets(self) -> Iterator[Rows]:
+        """The rows of each bucket."""
+        return (opened() for opened in self._buckets)
+
+    @functools.cached_property
+    def shares(self) -> np.ndarray:
+        """The part of each row by its place among all rows, int8."""
+        declared = self.dataset.split
+        if declared.by == "random":
+            return split.by_chance(len(self), split.share_ends(declared), declared.seed)
+        return split.by_share_of_time(self.moments, split.share_ends(declared))
+
+    @functools.cached_property
+    def for_negatives(self) -> negatives.Log:
+        """What negatives are drawn from."""
+        items = self.entities()
+        time = np.zeros(len(self), np.int64) if self.time is None else self.time
+        return negatives.Log(time, items.of_row, len(items))
+
+    def every(self, ask: Callable[[Rows], Sequence[np.ndarray | None]]) -> list[np.ndarray | None]:
+        """Columns with an entry for each row, in order, from what is said of the rows of each bucket in theirs."""
+        answer: list[np.ndarray | None] = []
+        for rows in self.buckets():
+            columns = ask(rows)
+            if self.is_alone:
+                return list(columns)
+            if not answer:
+                answer = [None if column is None else np.empty(len(self), column.dtype) for column in columns]
+            for whole, column in zip(answer, columns, strict=True):
+                if whole is not None:
+                    whole[rows.position] = column
+        return answer
+
+    def table_at(self, position: np.ndarray, columns: Sequence[str]) -> Table:
+        """Some columns of some rows, `(n,)` by position; a row of nulls for -1."""
+        numbered = {column: f"column {number}" for number, column in enumerate(columns)}
+        found, table = [], None
+        for rows in self.buckets():
+            table = table or copy.copy(rows.log)
+            place = np.minimum(np.searchsorted(rows.position, position), len(rows) - 1)
+            here = np.flatnonzero(rows.position[place] == position)
+            stored = rows.order[place[here]]
+            values = {name: gather(rows.log.series(column), stored) for column, name in numbered.items()}
+            found.append(pl.DataFrame({"number": here, **values}, schema_overrides={"number": pl.Int64}))
+        joined = pl.DataFrame({"number": np.arange(len(position))}).join(
+            pl.concat(found), on="number", how="left", maintain_order="left"
+        )
+        if table is None:
+            raise ValueError("Expected a log of at least one bucket.")
+        table.frame = pl.DataFrame([joined[name].alias(column) for column, name in numbered.items()])
+        return table
+
+
+def needs_moments(rows: Rows) -> bool:
+    """Whether the moments of interactions decide on the states of their items."""
+    declared = rows.dataset.of_tower("item")
+    return any(
+        (f.statistic is not None and f.statistic.until == "row")
+        or (f.source_column is not None and rows.table_of(f).name == LOG)
+        for f in declared
+    )
+
+
+def items_of(
+    log: Log,
     features: Mapping[str, EncodedFeature],
     parts: np.ndarray,
     item: np.ndarray | None,
@@ -930,55 +1186,78 @@ def _items(
     """All item states, the state of each interaction, and the rows of the latest states; not encoded.
 
     Args:
-        rows: The rows of the log.
+        log: The log.
         features: How features are encoded.
         parts: Part of each row of the log.
         item: Number of the item of each interaction; None where items have no keys.
-        time: Moment of each interaction.
+        time: Moment of each interaction; not read unless `needs_moments`.
     """
-    declared = rows.dataset.of_tower("item")
-    columns = {f.name: _Column(rows, f, features[f.name]) for f in declared if f.source_column}
-    if rows.items is None or item is None:
-        return _items_without_keys(rows, columns)
-    of_log = any(column.table.name == LOG for column in columns.values())
-    states = _ItemStates(rows, declared, item, time, _first_seen(rows, parts) if of_log else None)
+    declared, rows = log.dataset.of_tower("item"), log.any_rows()
+    if log.items is None or item is None:
+        return _items_without_keys(
+            rows, {f.name: _Column(rows, f, features[f.name]) for f in declared if f.source_column}
+        )
+    of_log = [f for f in declared if f.source_column and rows.table_of(f).name == LOG]
+    states = _ItemStates(log, declared, item, time, _first_seen(log, parts) if of_log else None)
     raw: Raw = {}
-    for column in columns.values():
-        of_item = _table_rows_of_items(rows, column.table, column.known, parts)
-        row = of_item[states.item]
-        raw |= column.take(np.where(states.unseen, -1, row) if column.table.name == LOG else row)
-        if column.table.name == LOG:
-            _warn_of_varying(rows, column, of_item)
     for feature in declared:
-        if feature.statistic is None:
+        if feature.source_column is None:
             continue
-        place = f"[features.{feature.name}] statistic"
-        if feature.statistic.until == "training":
-            values = _frozen(rows, feature.statistic, place, parts)[states.item]
+        encoded = features[feature.name]
+        if feature in of_log:
+            raw |= _raw_of_log(log, feature, encoded, parts, states)
+            continue
+        column = _Column(rows, feature, encoded)
+        raw |= column.take(states.item if column.table.name == KEYS else rows.side_rows("item")[states.item])
+    counted = [(f, f.statistic, f"[features.{f.name}] statistic") for f in declared if f.statistic is not None]
+    answers = log.every(
+        lambda rows: [column for _, one, place in counted for column in _statistic_values(rows, one, place)]
+    )
+    for (feature, statistic, _), chosen, values in zip(counted, answers[::2], answers[1::2], strict=True):
+        if chosen is None:
+            raise ValueError("Expected which rows count for a statistic. Received nothing")
+        if statistic.until == "training":
+            numbers = _frozen(log, statistic, chosen, values, parts)[states.item]
         else:
-            values = states.statistic(feature.statistic, place)
-        raw[feature.name] = _whole(values) if features[feature.name].raw == "integer" else values
+            numbers = states.statistic(statistic, chosen, values)
+        raw[feature.name] = _whole(numbers) if features[feature.name].raw == "integer" else numbers
     raw = {name: raw[name] for f in declared for name in features[f.name].raw_inputs}
-    key = _filled(rows.items.keys, "string" if rows.items.keys.dtype == pl.String else "integer")
-    table = EntityTable("item", key[states.item], {}, raw, _names(rows, parts, key, states.item), states.time)
+    key = _filled(log.items.keys, "string" if log.items.keys.dtype == pl.String else "integer")
+    table = EntityTable("item", key[states.item], {}, raw, _names(log, parts, key, states.item), states.time)
     return table, states.of_interaction, states.latest
 
 
-def _warn_of_varying(rows: _Rows, column: _Column, of_item: np.ndarray) -> None:
+def _raw_of_log(
+    log: Log, feature: FeatureDeclaration, encoded: EncodedFeature, parts: np.ndarray, states: _ItemStates
+) -> Raw:
+    """The raw columns of an item feature that is a column of the log, per state."""
+    (known,) = log.every(lambda rows: [_Column(rows, feature, encoded).known[rows.order]])
+    columns = [name for name in (feature.source_column, feature.weights) if name is not None]
+    table = log.table_at(_rows_of_items(log, _flags(known), parts), columns)
+    _warn_of_varying(log, encoded, table, columns[0], _flags(known))
+    return _Column(log.any_rows(), feature, encoded, table).take(np.where(states.unseen, -1, states.item))
+
+
+def _flags(known: np.ndarray | None) -> np.ndarray:
+    if known is None:
+        raise ValueError("Expected a flag for each row. Received nothing")
+    return known
+
+
+def _warn_of_varying(log: Log, feature: EncodedFeature, table: Table, column: str, known: np.ndarray) -> None:
     """Warns where rows of an item have another value of an item feature than the one that the item gets."""
-    stored = column.table.series(column.column)
-    frame = stored.alias("value").to_frame().with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
-    # Rows of one value have one number: that of the first of them.
-    value = frame.select(pl.col("row").first().over("value")).to_series().to_numpy()
-    known = column.known[rows.order]
-    differs = known & (value[rows.order] != value[of_item[rows.entities("item").of_row]])
-    if differs.any():
+    differs, of_item = 0, table.series(column)
+    for rows in log.buckets():
+        stored = gather(rows.log.series(column), rows.order)
+        other = stored.ne_missing(of_item.gather(rows.entities("item").of_row)).to_numpy()
+        differs += int((known[rows.position] & other).sum())
+    if differs:
         logger.warning(
             "[features.%s]: %s of the rows have another value than the one that their item gets, that of its last row "
             "in the training part. What varies within an item may be a feature of the user tower with "
             "context = true, or a `statistic`.",
-            column.feature.name,
-            f"{differs.sum() / known.sum():.1%}",
+            feature.name,
+            f"{differs / known.sum():.1%}",
         )
 
 
@@ -987,7 +1266,7 @@ def _whole(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), RAW_UNKNOWN["integer"], np.round(np.nan_to_num(values))).astype(np.int64)
 
 
-def _items_without_keys(rows: _Rows, columns: Mapping[str, _Column]) -> tuple[EntityTable, np.ndarray, np.ndarray]:
+def _items_without_keys(rows: Rows, columns: Mapping[str, _Column]) -> tuple[EntityTable, np.ndarray, np.ndarray]:
     """Distinct combinations of item features, in the order of their first rows; one constant item without features."""
     if not columns:
         item_row = np.zeros(len(rows), np.int64)
@@ -1007,50 +1286,47 @@ def _items_without_keys(rows: _Rows, columns: Mapping[str, _Column]) -> tuple[En
     return EntityTable("item", number, {}, raw), item_row, number
 
 
-def _table_rows_of_items(rows: _Rows, table: Table, known: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """The row of a table that says what is known of each item; -1 without one.
+def _rows_of_items(log: Log, known: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """The row of the log that says what is known of each item; -1 without one.
 
-    Of the log it is the item's last row in the training part that says anything, else its first row: nothing later
-    than needed.
+    It is the item's last row in the training part that says anything, else its first row: nothing later than needed.
     """
-    items = rows.entities("item")
-    if table.name == KEYS:
-        return np.arange(len(items))
-    if table.name == ITEMS:
-        return rows.side_rows("item")
-    item = items.of_row
-    said = _last_rows(item, known[rows.order] & (parts == 0), len(items))
-    first = np.full(len(items), len(rows))
-    np.minimum.at(first, item, np.arange(len(rows)))
-    row = np.where(said >= 0, said, np.where(first < len(rows), first, -1))
-    return np.where(row >= 0, rows.order[row], -1)
+    items = log.entities()
+    said = _last_rows(items.of_row, known & (parts == 0), len(items))
+    first = np.full(len(items), len(log))
+    np.minimum.at(first, items.of_row, np.arange(len(log)))
+    return np.where(said >= 0, said, np.where(first < len(log), first, -1))
 
 
-def _first_seen(rows: _Rows, parts: np.ndarray) -> np.ndarray | None:
+def _first_seen(log: Log, parts: np.ndarray) -> np.ndarray | None:
     """The moment before which nothing may be known of each item from the log, `(M,)`; None without moments.
 
     What the training part knows of an item is known of it everywhere, as vocabularies are.
     """
-    if rows.time is None:
+    if log.time is None:
         return None
-    items, always, never = rows.entities("item"), np.iinfo(np.int64).min, np.iinfo(np.int64).max
+    items, always, never = log.entities(), np.iinfo(np.int64).min, np.iinfo(np.int64).max
     first = np.full(len(items), never)
-    np.minimum.at(first, items.of_row, rows.time)
+    np.minimum.at(first, items.of_row, log.time)
     first[items.of_row[parts == 0]] = always
     return np.where(first == never, always, first)
 
 
-def _names(rows: _Rows, parts: np.ndarray, key: np.ndarray, item: np.ndarray) -> np.ndarray | None:
-    name = rows.dataset.keys.item_name
+def _names(log: Log, parts: np.ndarray, key: np.ndarray, item: np.ndarray) -> np.ndarray | None:
+    name = log.dataset.keys.item_name
     if name is None:
         return None
+    rows = log.any_rows()
     table = rows.tables.holder(name, (ITEMS, LOG), "[keys] item_name")
-    names = table.scalars(name, "string")
-    names = gather(names, _table_rows_of_items(rows, table, names.is_not_null().to_numpy(), parts))
+    if table.name == ITEMS:
+        names = gather(table.scalars(name, "string"), rows.side_rows("item"))
+    else:
+        (known,) = log.every(lambda rows: [rows.log.scalars(name, "string").is_not_null().to_numpy()[rows.order]])
+        names = log.table_at(_rows_of_items(log, _flags(known), parts), [name]).scalars(name, "string")
     return np.array([str(key) if name is None else name for name, key in zip(names, key, strict=True)], object)[item]
 
 
-def _statistic_values(rows: _Rows, declared: Statistic, place: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _statistic_values(rows: Rows, declared: Statistic, place: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Which rows of the log count for a statistic, and the number of each; None where rows are counted."""
     chosen, values = np.ones(len(rows), bool), None
     if declared.where is not None:
@@ -1064,25 +1340,29 @@ def _statistic_values(rows: _Rows, declared: Statistic, place: str) -> tuple[np.
     return chosen & values.is_not_null().to_numpy(), values.fill_null(0.0).to_numpy()
 
 
-def _frozen(rows: _Rows, declared: Statistic, place: str, parts: np.ndarray) -> np.ndarray:
-    """A statistic of the rows of the training part, one number per item."""
-    chosen, values = _statistic_values(rows, declared, place)
+def _frozen(
+    log: Log, declared: Statistic, chosen: np.ndarray, values: np.ndarray | None, parts: np.ndarray
+) -> np.ndarray:
+    """A statistic of the rows of the training part, of which some count, one number per item."""
     chosen = chosen & (parts == 0)
-    items = rows.entities("item")
+    items = log.entities()
     item, number = items.of_row[chosen], len(items)
-    weights = np.ones(len(item))
-    if declared.half_life is not None:
-        half_life, time = expressions.duration_ms(declared.half_life), rows.moments
+    if declared.half_life is None:
+        total: np.ndarray = np.bincount(item, minlength=number).astype(np.float64)
+        sums = None if values is None else np.bincount(item, values[chosen], number)
+    else:
+        half_life, time = expressions.duration_ms(declared.half_life), log.moments
         now = np.full(number, time[parts == 0].max())
         if values is not None:
             # A mean does not change with time; by the age since the item's own last row, no sum of weights is 0.
             now = np.full(number, time.min())
             np.maximum.at(now, item, time[chosen])
         weights = np.exp2((time[chosen] - now[item]) / half_life)
-    total = np.bincount(item, weights, number)
+        total = np.bincount(item, weights, number)
+        sums = None if values is None else np.bincount(item, weights * values[chosen], number)
     occurs = np.bincount(item, minlength=number) > 0
     with np.errstate(invalid="ignore", divide="ignore"):
-        answer = total if values is None else np.bincount(item, weights * values[chosen], number) / total
+        answer = total if sums is None else sums / total
     return np.where(occurs, answer, np.nan).astype(np.float32)
 
 
@@ -1090,7 +1370,7 @@ class _ItemStates:
     """The states of items: one per item, or with statistics at a point in time one per item and change of them.
 
     Args:
-        rows: The rows of the log.
+        log: The log.
         declared: The item features.
         item: Number of the item of each interaction.
         time: Moment of each interaction.
@@ -1106,22 +1386,22 @@ class _ItemStates:
 
     def __init__(
         self,
-        rows: _Rows,
+        log: Log,
         declared: Sequence[FeatureDeclaration],
         item: np.ndarray,
         time: np.ndarray | None,
         first_seen: np.ndarray | None,
     ) -> None:
-        self._rows = rows
+        self._log = log
         moving = [f.statistic for f in declared if f.statistic is not None and f.statistic.until == "row"]
-        entities = rows.entities("item")
+        entities = log.entities()
         items = np.arange(len(entities))
         self.time: np.ndarray | None
         if not moving and (first_seen is None or (_needed(time) >= first_seen[item]).all()):
             self.item, self.time, self.of_interaction, self.latest = items, None, item, items
             self.unseen = np.zeros(len(items), bool)
             return
-        time, times = _needed(time), rows.moments
+        time, times = _needed(time), log.moments
         self._events = history.Events(entities.of_row, times)
         # Every interaction asks for a state, and every item for its latest one, of all rows.
         asked = np.concatenate([item, items])
@@ -1152,12 +1432,11 @@ class _ItemStates:
     def _last_change(self, moment: np.ndarray, every: str | None) -> np.ndarray:
         if every is None:
             return moment
-        start, step = self._rows.moments.min(), expressions.duration_ms(every)
+        start, step = self._log.moments.min(), expressions.duration_ms(every)
         return start + (moment - start) // step * step
 
-    def statistic(self, declared: Statistic, place: str) -> np.ndarray:
-        """A statistic of the rows before each state, float32; NaN without one."""
-        chosen, values = _statistic_values(self._rows, declared, place)
+    def statistic(self, declared: Statistic, chosen: np.ndarray, values: np.ndarray | None) -> np.ndarray:
+        """A statistic of the rows before each state, of which some count, float32; NaN without one."""
         chosen = chosen[self._events.row]
         seen, inclusive = (asked[self._first] for asked in self._asked[declared.every])
         spans = self._events.before(self.item, seen, inclusive=inclusive).of(chosen)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ import polars as pl
 
 from mvke_tf.data.declaration import PARTS, Split
 from mvke_tf.errors import DataError
+
+# Rows whose part is found at a time, of a log whose rows are many.
+_BLOCK = 1 << 20
 
 
 class NoTrainingRowError(DataError):
@@ -32,8 +36,11 @@ def by_share_of_time(time: np.ndarray, ends: list[float]) -> np.ndarray:
     Returns:
         int8 `(n,)`: 0 training, 1 validation, 2 test, as all functions here.
     """
-    moments = np.sort(time)
-    return _of_shares(np.searchsorted(moments, time, side="right") / len(time), ends)
+    moments, parts = np.sort(time), np.empty(len(time), np.int8)
+    for start in range(0, len(time), _BLOCK):
+        some = slice(start, start + _BLOCK)
+        parts[some] = _of_shares(np.searchsorted(moments, time[some], side="right") / len(time), ends)
+    return parts
 
 
 def per_user(user: np.ndarray, time: np.ndarray, ends: list[float]) -> np.ndarray:
@@ -103,13 +110,12 @@ def _as_text(value: Any) -> str:
     return str(value)
 
 
-def check_parts(parts: np.ndarray) -> None:
-    """Raises where the training part has no row.
+def check_parts(rows: Sequence[int]) -> None:
+    """Raises where the training part has none of the rows, whose numbers by part are given.
 
     Raises:
         NoTrainingRowError: If so; with the rows of each part.
     """
-    rows = np.bincount(parts, minlength=3)
     if not rows[0]:
         named = ", ".join(f"{part} {number:,}" for part, number in zip(PARTS, rows, strict=True))
         raise NoTrainingRowError(

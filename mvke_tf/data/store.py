@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prepared dataset: encoded users and items, and the interactions between them; in memory, or a folder of Parquet."""
+"""A prepared dataset: encoded users and items, and the interactions between them; in memory, or a folder of Parquet.
+
+What was prepared in buckets of users lies in buckets: whatever needs less than everything reads one after another.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mvke_tf.config import OBJECTIVES, nearest
-from mvke_tf.data.batches import Interactions
+from mvke_tf.data.batches import Interactions, Shards
 from mvke_tf.data.declaration import PARTS, Dataset, TaskDeclaration
 from mvke_tf.data.encoder import NUMPY_DTYPES, RAW_UNKNOWN, EncodedFeature, Encoder
 from mvke_tf.errors import ConfigError, DataError, DeclarationError
@@ -27,17 +30,26 @@ from mvke_tf.schema import TOWERS, WEIGHTS_SUFFIX, Schema, Task
 
 logger = logging.getLogger(__name__)
 
-# Format 1 had neither mean weight nor length of lists; it is read as it is.
-FORMATS = (1, 2)
+# Format 1 had neither mean weight nor length of lists; it is read as it is. Format 3 is 2 in buckets.
+FORMATS = (1, 2, 3)
+WHOLE, IN_BUCKETS = 2, 3
 TABLES = ("users", "items", "latest_users")
+IN_A_BUCKET = ("users", "latest_users", "interactions")
+FILES = ("keys", "encoded", "raw")
+INTERACTIONS = "interactions.parquet"
 SIDES = {"users": "user", "items": "item", "latest_users": "user"}
+# Encoded user states of buckets that training holds, and shuffles, together.
+WINDOW_BYTES = 2**27
 MANIFEST, ENCODER = "manifest.json", "encoder.json"
 REMEDY = "Delete the folder and run `mvke prepare --data ...` again."
 
 
-def digest(dataset: Dataset, fingerprint: str, version: int = FORMATS[-1]) -> str:
-    """What a prepared dataset is made of, in one word of 64 hexadecimal digits: format, declaration, source."""
-    made_of = [version, dataset.to_dict(), fingerprint]
+def digest(dataset: Dataset, fingerprint: str, version: int = WHOLE, buckets: int = 1) -> str:
+    """What a prepared dataset is made of, in one word of 64 hexadecimal digits: format, declaration, source.
+
+    Also the number of its buckets, which the order of the rows depends on.
+    """
+    made_of = [version, dataset.to_dict(), fingerprint, *([buckets] if version == IN_BUCKETS else [])]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
@@ -87,10 +99,10 @@ class EntityTable:
 class _StoredTable(EntityTable):
     """A table in files: also ids, names and moments are read when they are asked for."""
 
-    _keys: _File
+    _keys: Columns
     _rows: int
 
-    def __init__(self, side: str, keys: _File, encoded: _File, raw: _File, rows: int) -> None:
+    def __init__(self, side: str, keys: Columns, encoded: Columns, raw: Columns, rows: int) -> None:
         for name, value in {"side": side, "encoded": encoded, "raw": raw, "_keys": keys, "_rows": rows}.items():
             object.__setattr__(self, name, value)
 
@@ -154,23 +166,16 @@ class PreparedDataset:
         sampled: np.ndarray | None = None,
         offsets: Mapping[str, float] | None = None,
     ) -> None:
-        columns: dict[str, np.ndarray] = {
-            "user_row": np.asarray(user_row, np.int32),
-            "item_row": np.asarray(item_row, np.int32),
-            "split": np.asarray(split, np.int8),
-            "sampled": np.zeros(len(user_row), bool) if sampled is None else np.asarray(sampled, bool),
-        }
-        if time is not None:
-            columns["time"] = np.asarray(time, np.int64)
-        for kind, of_tasks in (("label", labels), ("weight", weights)):
-            if set(of_tasks) != set(dataset.task_names):
-                raise ValueError(
-                    f"Expected a {kind} column per task, {dataset.task_names}. Received: {sorted(of_tasks)}"
-                )
-            columns |= {_column(kind, task): np.asarray(of_tasks[task], np.float32) for task in dataset.task_names}
-        lengths = {name: len(column) for name, column in columns.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"All columns of the interactions need as many rows. Received: {lengths}")
+        columns = interaction_columns(
+            dataset,
+            user_row,
+            item_row,
+            split,
+            labels,
+            weights,
+            time,
+            np.zeros(len(user_row), bool) if sampled is None else sampled,
+        )
         self._set(
             dataset, encoder, fingerprint, (users, items, latest_users), catalogue, columns, dict(offsets or {}), None
         )
@@ -190,9 +195,10 @@ class PreparedDataset:
         columns: Mapping[str, np.ndarray],
         offsets: dict[str, float],
         folder: Path | None,
-        version: int = FORMATS[-1],
+        version: int = WHOLE,
+        buckets: Sequence[Callable[[], PreparedDataset]] = (),
     ) -> None:
-        self._version = version
+        self._version, self._buckets = version, tuple(buckets)
         self.dataset, self.encoder, self.fingerprint = dataset, encoder, fingerprint
         self.users, self.items, self.latest_users = tables
         self.catalogue = np.asarray(catalogue, np.int64)
@@ -215,7 +221,27 @@ class PreparedDataset:
     @functools.cached_property
     def digest(self) -> str:
         """See `digest`."""
-        return digest(self.dataset, self.fingerprint, self._version)
+        return digest(self.dataset, self.fingerprint, self._version, len(self._buckets))
+
+    @property
+    def is_in_buckets(self) -> bool:
+        """Whether it was prepared in buckets, and should be read so: it may not fit into memory."""
+        return bool(self._buckets)
+
+    def buckets(self) -> Iterator[PreparedDataset]:
+        """The data of some users after those of others, with all items; each is read anew, and kept by nobody.
+
+        All of them one after another are everything, in its order. Data that are in no buckets are one.
+        """
+        return (read() for read in self._buckets) if self._buckets else iter([self])
+
+    def bucket(self, number: int) -> PreparedDataset:
+        """One of the `buckets`."""
+        return self._buckets[number]() if self._buckets else self
+
+    def of_part(self, part: str, column: Callable[[PreparedDataset], np.ndarray]) -> np.ndarray:
+        """A column of the interactions of one part, made of one bucket after another."""
+        return np.concatenate([column(bucket)[bucket.part_rows(part)] for bucket in self.buckets()])
 
     @property
     def has_users(self) -> bool:
@@ -370,17 +396,107 @@ class PreparedDataset:
             weights,
         )
 
+    def shards(self, part: str, tasks: Sequence[str] = (), objective: str = "") -> Interactions | Shards:
+        """As `part`; of data in buckets, shards of one bucket each, with the user states of that part alone.
+
+        Args:
+            part: See `part`.
+            tasks: See `schema`.
+            objective: See `schema`.
+
+        Raises:
+            ConfigError: See `part`.
+        """
+        if not self._buckets:
+            return self.part(part, tasks, objective)
+        sizes = [len(bucket.part_rows(part)) for bucket in self.buckets()]
+        filled = [number for number, size in enumerate(sizes) if size]
+
+        def read(number: int) -> Interactions:
+            data = self.bucket(filled[number]).part(part, tasks, objective)
+            states, rows = np.unique(data.user_rows, return_inverse=True)
+            return dataclasses.replace(data, users=_Rows(data.users, states), user_rows=rows.astype(np.int32))
+
+        per_state = sum(
+            4 * (feature.width or feature.length * (1 + (feature.length > 1)))
+            for feature in self.encoder.schema_features()
+            if feature.tower == "user"
+        )
+        most = max((len(self.bucket(number).users) for number in filled), default=1)
+        return Shards([sizes[number] for number in filled], read, max(1, WINDOW_BYTES // (per_state * most)))
+
+    def alone(self, part: str) -> PreparedDataset:
+        """Of data in buckets, the interactions of one part and the user states in them, without buckets; else itself.
+
+        Columns of users are read when they are asked for, and kept by nobody.
+
+        Args:
+            part: See `part`.
+
+        Raises:
+            ConfigError: If there is no such part.
+        """
+        if not self._buckets:
+            return self
+        states, numbers, count = [], [], 0
+        for bucket in self.buckets():
+            some, number = np.unique(bucket.user_row[bucket.part_rows(part)], return_inverse=True)
+            states.append(some)
+            numbers.append((number + count).astype(np.int32))
+            count += len(some)
+        names = [name for name in self._columns if name != "user_row"]
+        columns = {name: self.of_part(part, functools.partial(_column_of, name)) for name in names}
+        keys, encoded, raw = (
+            _Chosen([functools.partial(_columns_of, read, kind) for read in self._buckets], states)
+            for kind in ("_keys", "encoded", "raw")
+        )
+        alone = PreparedDataset.__new__(PreparedDataset)
+        alone._set(
+            self.dataset,
+            self.encoder,
+            f"{self.fingerprint}, {part}",
+            (_StoredTable("user", keys, encoded, raw, count), self.items, self.latest_users),
+            self.catalogue,
+            columns | {"user_row": np.concatenate(numbers)},
+            self.offsets,
+            None,
+        )
+        return alone
+
+    def bucket_with(self, part: str, user: str | int | None = None) -> PreparedDataset:
+        """The first bucket that has interactions of a part: a sample of whole users, where it is not everything.
+
+        Args:
+            part: See `part`.
+            user: Id of a user who is to be in it, as a number or a text; if nobody has it, any is taken.
+
+        Raises:
+            ConfigError: If there is no such part.
+        """
+        if not self._buckets:
+            return self
+        for bucket in self.buckets():
+            has_user = user is None or str(user) in bucket.latest_users.key.astype(str)
+            if has_user and len(bucket.part_rows(part)):
+                return bucket
+        return self.bucket(0) if user is None else self.bucket_with(part)
+
     def known(self, side: str) -> np.ndarray:
         """Per row of `users` or `items`, whether its key occurs in a training row that was not sampled: `(N,)` bool.
 
         Args:
             side: `"user"` or `"item"`.
         """
-        table, rows = {"user": (self.users, self.user_row), "item": (self.items, self.item_row)}[side]
-        training = (self.split == PARTS.index("train")) & ~self.sampled
+        if side == "user" and self._buckets:
+            # All rows of a user are in one bucket.
+            return np.concatenate([bucket.known(side) for bucket in self.buckets()])
+        table = {"user": self.users, "item": self.items}[side]
         _, number = np.unique(table.key, return_inverse=True)
         occurs = np.zeros(len(table), bool)
-        occurs[number[np.unique(rows[training])]] = True
+        for bucket in self.buckets():
+            rows = {"user": bucket.user_row, "item": bucket.item_row}[side]
+            training = (bucket.split == PARTS.index("train")) & ~bucket.sampled
+            occurs[number[np.unique(rows[training])]] = True
         return occurs[number]
 
     def sample(self, share: float, seed: int = 0) -> PreparedDataset:
@@ -407,7 +523,6 @@ class PreparedDataset:
             {name: self._columns[name][rows] for name in self._columns},
             self.offsets,
             None,
-            self._version,
         )
         return some
 
@@ -416,44 +531,18 @@ class PreparedDataset:
         folder = Path(folder)
         with atomic_write(folder) as temporary:
             temporary.mkdir()
-            lengths = {}
+            lengths: dict[str, int] = {}
             for name in TABLES:
                 table = getattr(self, name)
-                (temporary / name).mkdir()
-                keys = {"key": table.key, "name": table.name, "time": table.time}
-                keys = {what: _flat(column) for what, column in keys.items() if column is not None}
-                _write(temporary / name / "keys.parquet", keys, len(table))
-                encoded = {column: _fixed(values) for column, values in table.encoded.items()}
-                _write(temporary / name / "encoded.parquet", encoded, len(table))
-                raw: dict[str, pa.Array] = {}
-                for feature in self.encoder.of_tower(table.side):
-                    lengths[f"{name}/{feature.name}"] = _add_raw(raw, feature, table.raw)
-                _write(temporary / name / "raw.parquet", raw, len(table))
-            _write(temporary / "catalogue.parquet", {"item_row": pa.array(self.catalogue)}, len(self.catalogue))
-            columns = {name: pa.array(column) for name, column in self._columns.items()}
-            _write(temporary / "interactions.parquet", columns, len(self))
-            (temporary / ENCODER).write_text(json.dumps(self.encoder.to_dict()), encoding="utf-8")
-            manifest = {
-                "format": self._version,
-                "digest": self.digest,
-                "fingerprint": self.fingerprint,
-                "name": self.dataset.name,
-                "folder": _relative(self.dataset.folder, folder),
-                "dataset": self.dataset.to_dict(),
-                "rows": {
-                    **{name: len(getattr(self, name)) for name in TABLES},
-                    "catalogue": len(self.catalogue),
-                    "interactions": len(self),
-                },
-                "list_lengths": {name: length for name, length in lengths.items() if length is not None},
-                "offsets": self.offsets,
-                "files": {
-                    path.relative_to(temporary).as_posix(): _stamp(path)
-                    for path in sorted(temporary.rglob("*.*"))
-                    if path.is_file()
-                },
-            }
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+                lengths |= write_raw(temporary / name, table, self.encoder.of_tower(table.side))
+                write_encoded(temporary / name, table)
+            write_columns(temporary / INTERACTIONS, self._columns)
+            write_rest(
+                *(temporary, folder, self.dataset, self.encoder, self.fingerprint, self.catalogue, self.offsets),
+                rows={**{name: len(getattr(self, name)) for name in TABLES}, "interactions": len(self)},
+                lengths=lengths,
+                version=min(self._version, WHOLE),
+            )
 
     @classmethod
     def load(cls, folder: Path) -> PreparedDataset:
@@ -480,7 +569,8 @@ class PreparedDataset:
             dataset = Dataset.from_dict(manifest["dataset"], of_declaration, manifest["name"])
         except DeclarationError as error:
             raise DataError(f"{folder / MANIFEST} is damaged: {error} {REMEDY}") from error
-        if digest(dataset, manifest["fingerprint"], manifest["format"]) != manifest["digest"]:
+        buckets = _bucket_rows(manifest)
+        if digest(dataset, manifest["fingerprint"], manifest["format"], len(buckets)) != manifest["digest"]:
             raise DataError(f"{folder / MANIFEST} is damaged: its digest is not that of its declaration. {REMEDY}")
         try:
             size, _ = manifest["files"][ENCODER]
@@ -492,18 +582,9 @@ class PreparedDataset:
         if wrong:
             raise DataError(f"{folder / MANIFEST} is damaged: offsets of unknown tasks {wrong}. {REMEDY}")
 
-        rows = manifest["rows"]
-        users, items, latest_users = (
-            _load_table(folder, name, rows[name], encoder, manifest["list_lengths"]) for name in TABLES
-        )
-        row_ranges = {"user_row": rows["users"], "item_row": rows["items"], "split": len(PARTS)}
-        expected = {"user_row": pa.int32(), "item_row": pa.int32(), "split": pa.int8(), "sampled": pa.bool_()}
-        expected |= {_column(kind, task): pa.float32() for kind in ("label", "weight") for task in dataset.task_names}
-        if dataset.source.time is not None:
-            expected["time"] = pa.int64()
-        interactions = _File(
-            folder / "interactions.parquet", rows["interactions"], expected, _to_flat, ranges=row_ranges
-        )
+        rows, lengths = manifest["rows"], manifest["list_lengths"]
+        in_buckets = manifest["format"] == IN_BUCKETS
+        items = _load_table([(folder, rows["items"])], "items", encoder, lengths)
         catalogue = _File(
             folder / "catalogue.parquet",
             rows["catalogue"],
@@ -511,19 +592,154 @@ class PreparedDataset:
             _to_flat,
             ranges={"item_row": rows["items"]},
         )
-        prepared = cls.__new__(cls)
-        prepared._set(
-            dataset,
-            encoder,
-            manifest["fingerprint"],
-            (users, items, latest_users),
-            catalogue["item_row"],
-            interactions,
-            {name: float(value) for name, value in offsets.items()},
-            folder,
-            manifest["format"],
-        )
-        return prepared
+        expected = {"user_row": pa.int32(), "item_row": pa.int32(), "split": pa.int8(), "sampled": pa.bool_()}
+        expected |= {_column(kind, task): pa.float32() for kind in ("label", "weight") for task in dataset.task_names}
+        if dataset.source.time is not None:
+            expected["time"] = pa.int64()
+
+        def part(some: Sequence[tuple[Path, Mapping[str, int]]], parts: Sequence[Callable[[], Any]] = ()) -> Any:
+            users, latest_users = (
+                _load_table([(path, numbers[name]) for path, numbers in some], name, encoder, lengths)
+                for name in ("users", "latest_users")
+            )
+            files = []
+            for path, numbers in some:
+                ranges = {"user_row": numbers["users"], "item_row": rows["items"], "split": len(PARTS)}
+                files.append(_File(path / INTERACTIONS, numbers["interactions"], expected, _to_flat, ranges=ranges))
+            starts = np.concatenate([[0], np.cumsum([numbers["users"] for _, numbers in some])[:-1]])
+            prepared = cls.__new__(cls)
+            prepared._set(
+                dataset,
+                encoder,
+                manifest["fingerprint"],
+                (users, items, latest_users),
+                catalogue["item_row"],
+                _joined(files, {"user_row": starts}),
+                {name: float(value) for name, value in offsets.items()},
+                folder,
+                manifest["format"],
+                parts,
+            )
+            return prepared
+
+        places = [
+            (folder / bucket_name(number) if in_buckets else folder, numbers) for number, numbers in enumerate(buckets)
+        ]
+        return part(places, [functools.partial(part, [place]) for place in places] if in_buckets else ())
+
+
+def interaction_columns(
+    dataset: Dataset,
+    user_row: np.ndarray,
+    item_row: np.ndarray,
+    split: np.ndarray,
+    labels: Mapping[str, np.ndarray],
+    weights: Mapping[str, np.ndarray],
+    time: np.ndarray | None,
+    sampled: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """The columns of interactions as they are stored; see `PreparedDataset`.
+
+    Raises:
+        ValueError: If columns have different lengths, or labels or weights are not those of the tasks.
+    """
+    columns: dict[str, np.ndarray] = {
+        "user_row": np.asarray(user_row, np.int32),
+        "item_row": np.asarray(item_row, np.int32),
+        "split": np.asarray(split, np.int8),
+        "sampled": np.asarray(sampled, bool),
+    }
+    if time is not None:
+        columns["time"] = np.asarray(time, np.int64)
+    for kind, of_tasks in (("label", labels), ("weight", weights)):
+        if set(of_tasks) != set(dataset.task_names):
+            raise ValueError(f"Expected a {kind} column per task, {dataset.task_names}. Received: {sorted(of_tasks)}")
+        columns |= {_column(kind, task): np.asarray(of_tasks[task], np.float32) for task in dataset.task_names}
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"All columns of the interactions need as many rows. Received: {lengths}")
+    return columns
+
+
+def bucket_name(number: int) -> str:
+    """The name of the folder of a bucket."""
+    return f"bucket-{number:04d}"
+
+
+def write_raw(folder: Path, table: EntityTable, features: Sequence[EncodedFeature]) -> dict[str, int]:
+    """Writes ids, names, moments and raw columns of a table into its folder; returns the slots of its lists."""
+    folder.mkdir(parents=True)
+    keys = {"key": table.key, "name": table.name, "time": table.time}
+    columns = {what: _flat(column) for what, column in keys.items() if column is not None}
+    _write(folder / "keys.parquet", columns, len(table))
+    raw: dict[str, pa.Array] = {}
+    lengths = {f"{folder.name}/{feature.name}": _add_raw(raw, feature, table.raw) for feature in features}
+    _write(folder / "raw.parquet", raw, len(table))
+    return {name: length for name, length in lengths.items() if length is not None}
+
+
+def write_encoded(folder: Path, table: EntityTable) -> None:
+    """Writes the encoded columns of a table into its folder."""
+    encoded = {column: _fixed(values) for column, values in table.encoded.items()}
+    _write(folder / "encoded.parquet", encoded, len(table))
+
+
+def write_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Writes columns without lists or texts into a file."""
+    arrays = {name: pa.array(column) for name, column in columns.items()}
+    _write(path, arrays, len(next(iter(arrays.values()))))
+
+
+def write_rest(
+    folder: Path,
+    final: Path,
+    dataset: Dataset,
+    encoder: Encoder,
+    fingerprint: str,
+    catalogue: np.ndarray,
+    offsets: Mapping[str, float],
+    rows: Mapping[str, int],
+    lengths: Mapping[str, int],
+    version: int = WHOLE,
+    buckets: Sequence[Mapping[str, int]] = (),
+) -> None:
+    """Writes what a folder of tables and interactions lacks of a prepared dataset, last the manifest.
+
+    Args:
+        folder: The folder.
+        final: Where it will lie.
+        dataset: The declaration.
+        encoder: From raw to encoded columns.
+        fingerprint: What the source was.
+        catalogue: See `PreparedDataset`.
+        offsets: See `PreparedDataset`.
+        rows: Of each table, and of the interactions.
+        lengths: Slots of the lists of each table.
+        version: One of `FORMATS`.
+        buckets: The rows of each bucket.
+    """
+    write_columns(folder / "catalogue.parquet", {"item_row": catalogue})
+    (folder / ENCODER).write_text(json.dumps(encoder.to_dict()), encoding="utf-8")
+    manifest = {
+        "format": version,
+        "digest": digest(dataset, fingerprint, version, len(buckets)),
+        "fingerprint": fingerprint,
+        "name": dataset.name,
+        "folder": _relative(dataset.folder, final),
+        "dataset": dataset.to_dict(),
+        "rows": {
+            **{name: rows[name] for name in TABLES},
+            "catalogue": len(catalogue),
+            "interactions": rows["interactions"],
+        },
+        **({"buckets": list(buckets)} if buckets else {}),
+        "list_lengths": dict(lengths),
+        "offsets": dict(offsets),
+        "files": {
+            path.relative_to(folder).as_posix(): _stamp(path) for path in sorted(folder.rglob("*.*")) if path.is_file()
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _column(kind: str, task: str) -> str:
@@ -555,7 +771,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise DataError(f"{path} is damaged: it is no object. {REMEDY}")
     if manifest.get("format") not in FORMATS:
-        raise DataError(f"{path} has format {manifest.get('format')!r}, expected {FORMATS[-1]}. {REMEDY}")
+        raise DataError(f"{path} has format {manifest.get('format')!r}, expected {WHOLE}. {REMEDY}")
     number = (int, float)
     kinds: dict[str, Any] = {"digest": str, "fingerprint": str, "name": str, "folder": str, "dataset": dict}
     counts: dict[str, Any] = {"rows": int, "list_lengths": int, "offsets": number, "files": list}
@@ -570,12 +786,33 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if [type(entry) for entry in stamp] != [int, str]:
             raise DataError(f"{path} is damaged: 'files' of {name!r} is {_shown(stamp)}. {REMEDY}")
     tables = {*TABLES, "catalogue", "interactions"}
-    files = {f"{table}/{name}.parquet" for table in TABLES for name in ("keys", "encoded", "raw")}
-    files |= {"catalogue.parquet", "interactions.parquet", ENCODER}
+    try:
+        numbers = [len(bucket) + sum(bucket[name] for name in IN_A_BUCKET) for bucket in manifest.get("buckets", ())]
+        is_damaged = (manifest["format"] == IN_BUCKETS) != bool(numbers) or any(number < 3 for number in numbers)
+    except (TypeError, KeyError):
+        is_damaged = True
+    if is_damaged:
+        raise DataError(f"{path} is damaged: 'buckets' is {_shown(manifest.get('buckets'))}. {REMEDY}")
+    files = {"catalogue.parquet", ENCODER}
+    for table in TABLES:
+        files |= {f"{place}{table}/{name}.parquet" for place in _places(manifest, table) for name in FILES}
+    files |= {f"{place}{INTERACTIONS}" for place in _places(manifest, INTERACTIONS)}
     for key, expected in (("rows", tables), ("files", files)):
         if set(manifest[key]) != expected:
             raise DataError(f"{path} is damaged: {key!r} has {sorted(manifest[key])}, not {sorted(expected)}. {REMEDY}")
     return manifest
+
+
+def _bucket_rows(manifest: Mapping[str, Any]) -> Sequence[Mapping[str, int]]:
+    """The rows of what lies in each bucket; of everything, where there are no buckets."""
+    return manifest.get("buckets", [manifest["rows"]])
+
+
+def _places(manifest: Mapping[str, Any], what: str) -> list[str]:
+    """Beginnings of the names of the folders that have a table, or the interactions."""
+    if manifest["format"] != IN_BUCKETS or what == "items":
+        return [""]
+    return [f"{bucket_name(number)}/" for number in range(len(manifest["buckets"]))]
 
 
 def _stamp(path: Path) -> list[Any]:
@@ -594,45 +831,60 @@ def _shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
-def _load_table(folder: Path, name: str, rows: int, encoder: Encoder, lengths: Mapping[str, int]) -> EntityTable:
-    side, path = SIDES[name], folder / name
-    keys = _File(path / "keys.parquet", rows, None, _to_flat)
-    if "key" not in keys or not set(keys) <= {"key", "name", "time"}:
-        raise DataError(f"{path / 'keys.parquet'} is damaged: its columns are {list(keys)}. {REMEDY}")
-    encoded: dict[str, pa.DataType] = {}
+def _load_table(
+    places: Sequence[tuple[Path, int]], name: str, encoder: Encoder, lengths: Mapping[str, int]
+) -> EntityTable:
+    """A table that lies in one folder or several, each with so many of its rows."""
+    side = SIDES[name]
+    keys = _joined([keys_columns(folder / name, rows) for folder, rows in places])
+    types: dict[str, pa.DataType] = {}
     for of_model in encoder.schema_features():
         if of_model.tower == side:
             if of_model.is_dense:
-                encoded[of_model.name] = pa.list_(pa.float32(), of_model.width)
+                types[of_model.name] = pa.list_(pa.float32(), of_model.width)
             elif of_model.length == 1:
-                encoded[of_model.name] = pa.int32()
+                types[of_model.name] = pa.int32()
             else:
-                encoded[of_model.name] = pa.list_(pa.int32(), of_model.length)
-                encoded[of_model.name + WEIGHTS_SUFFIX] = pa.list_(pa.float32(), of_model.length)
+                types[of_model.name] = pa.list_(pa.int32(), of_model.length)
+                types[of_model.name + WEIGHTS_SUFFIX] = pa.list_(pa.float32(), of_model.length)
+    encoded = _joined([_File(folder / name / "encoded.parquet", rows, types, _to_flat) for folder, rows in places])
+    features = encoder.of_tower(side)
+    raw = _joined([raw_columns(folder / name, rows, features, lengths) for folder, rows in places])
+    return _StoredTable(side, keys, encoded, raw, sum(rows for _, rows in places))
+
+
+def keys_columns(folder: Path, rows: int) -> _File:
+    """Ids, names and moments that `write_raw` wrote, each read when it is asked for."""
+    path = folder / "keys.parquet"
+    keys = _File(path, rows, None, _to_flat)
+    if "key" not in keys or not set(keys) <= {"key", "name", "time"}:
+        raise DataError(f"{path} is damaged: its columns are {list(keys)}. {REMEDY}")
+    return keys
+
+
+def raw_columns(folder: Path, rows: int, features: Sequence[EncodedFeature], lengths: Mapping[str, int]) -> _File:
+    """The raw columns that `write_raw` wrote, each read when it is asked for."""
     raw: dict[str, pa.DataType] = {}
     readers: dict[str, Callable[[pa.Array], np.ndarray]] = {}
-    for column, (_, _, feature) in encoder.raw_inputs(side).items():
-        weights = column != feature.name
-        kind = pa.float32() if weights else _ARROW_TYPES[feature.raw]
-        if feature.raw == "vector":
-            raw[column] = pa.list_(kind, feature.width)
-        elif feature.is_list:
-            raw[column] = pa.large_list(kind)
-            length = lengths.get(f"{name}/{feature.name}")
-            if length is None:
-                raise DataError(f"{folder / MANIFEST} is damaged: no list length of {name}/{feature.name}. {REMEDY}")
-            fill = 0.0 if weights else RAW_UNKNOWN[feature.raw]
-            dtype = np.float32 if weights else NUMPY_DTYPES[feature.raw]
-            readers[column] = functools.partial(_to_padded, length=length, fill=fill, dtype=dtype)
-        else:
-            raw[column] = kind
-    return _StoredTable(
-        side,
-        keys,
-        _File(path / "encoded.parquet", rows, encoded, _to_flat),
-        _File(path / "raw.parquet", rows, raw, _to_flat, readers),
-        rows,
-    )
+    for feature in features:
+        for column in feature.raw_inputs:
+            weights = column != feature.name
+            kind = pa.float32() if weights else _ARROW_TYPES[feature.raw]
+            if feature.raw == "vector":
+                raw[column] = pa.list_(kind, feature.width)
+            elif feature.is_list:
+                raw[column] = pa.large_list(kind)
+                length = lengths.get(f"{folder.name}/{feature.name}")
+                if length is None:
+                    raise DataError(
+                        f"The manifest of {folder} is damaged: no list length of {folder.name}/{feature.name}. {REMEDY}"
+                    )
+                fill = 0.0 if weights else RAW_UNKNOWN[feature.raw]
+                dtype = np.float32 if weights else NUMPY_DTYPES[feature.raw]
+                readers[column] = functools.partial(_to_padded, length=length, fill=fill, dtype=dtype)
+            else:
+                raw[column] = kind
+    return _File(folder / "raw.parquet", rows, raw, _to_flat, readers)
 
 
 _ARROW_TYPES = {
@@ -702,30 +954,34 @@ class _File(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._columns:
-            if name not in self._names:
-                raise KeyError(name)
-            try:
-                # Checksums of pages show what was changed, or went bad, since they were written.
-                with pq.ParquetFile(self._path, memory_map=True, page_checksum_verification=True) as file:
-                    column = file.read(columns=[name]).column(name)
-                nulls = column.null_count
-                array = column.combine_chunks()
-                if isinstance(array, pa.ChunkedArray):
-                    array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-                values = None if nulls else self._readers.get(name, self._read)(array)
-            except (OSError, ValueError, pa.ArrowException) as error:
-                raise self._damaged(error) from error
-            except _ShapeError as error:
-                raise self._damaged(f"column {name!r}: {error}") from error
-            if values is None:
-                raise self._damaged(f"column {name!r} has {nulls} null values")
-            if len(values) != self._rows:
-                raise self._damaged(f"column {name!r} has {len(values)} rows instead of {self._rows}")
-            if name in self._ranges and (problem := _outside(values, self._ranges[name])):
-                raise self._damaged(f"column {name!r}: {problem}")
-            values.flags.writeable = False
-            self._columns[name] = values
+            self._columns[name] = self.read(name)
         return self._columns[name]
+
+    def read(self, name: str) -> np.ndarray:
+        """A column, without keeping it."""
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            # Checksums of pages show what was changed, or went bad, since they were written.
+            with pq.ParquetFile(self._path, memory_map=True, page_checksum_verification=True) as file:
+                column = file.read(columns=[name]).column(name)
+            nulls = column.null_count
+            array = column.combine_chunks()
+            if isinstance(array, pa.ChunkedArray):
+                array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+            values = None if nulls else self._readers.get(name, self._read)(array)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise self._damaged(error) from error
+        except _ShapeError as error:
+            raise self._damaged(f"column {name!r}: {error}") from error
+        if values is None:
+            raise self._damaged(f"column {name!r} has {nulls} null values")
+        if len(values) != self._rows:
+            raise self._damaged(f"column {name!r} has {len(values)} rows instead of {self._rows}")
+        if name in self._ranges and (problem := _outside(values, self._ranges[name])):
+            raise self._damaged(f"column {name!r}: {problem}")
+        values.flags.writeable = False
+        return values
 
     def __contains__(self, name: object) -> bool:
         # Not by reading it, as `Mapping` does.
@@ -736,6 +992,87 @@ class _File(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class _Joined(Mapping[str, np.ndarray]):
+    """The columns of several files with the same columns, one after another; each is kept when it is first asked for.
+
+    Args:
+        files: The files.
+        shifts: Of columns that count something in each file, what is added to those of each.
+    """
+
+    def __init__(self, files: Sequence[_File], shifts: Mapping[str, Sequence[int] | np.ndarray]) -> None:
+        self._files, self._shifts = files, shifts
+        self._columns: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._columns:
+            shifts = self._shifts.get(name)
+            columns = [file.read(name) for file in self._files]
+            if shifts is not None:
+                columns = [column + column.dtype.type(shift) for column, shift in zip(columns, shifts, strict=True)]
+            self._columns[name] = np.concatenate(columns)
+            self._columns[name].flags.writeable = False
+        return self._columns[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files[0])
+
+    def __len__(self) -> int:
+        return len(self._files[0])
+
+
+Columns = Mapping[str, np.ndarray]
+
+
+def _joined(files: Sequence[_File], shifts: Mapping[str, Sequence[int] | np.ndarray] | None = None) -> Columns:
+    return files[0] if len(files) == 1 else _Joined(files, shifts or {})
+
+
+class _Rows(Mapping[str, np.ndarray]):
+    """Some rows of the columns of a table, each read when it is asked for, and kept by nobody."""
+
+    def __init__(self, table: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
+        self._table, self._rows = table, rows
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        column = self._table.read(name) if isinstance(self._table, _File) else self._table[name]
+        return column[self._rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+class _Chosen(Mapping[str, np.ndarray]):
+    """Some rows of the columns of several tables, one after another, each read when it is asked for."""
+
+    def __init__(self, tables: Sequence[Callable[[], Mapping[str, np.ndarray]]], rows: Sequence[np.ndarray]) -> None:
+        self._tables, self._rows = tables, rows
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        pairs = zip(self._tables, self._rows, strict=True)
+        return np.concatenate([_Rows(read(), rows)[name] for read, rows in pairs])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables[0]())
+
+    def __len__(self) -> int:
+        return len(self._tables[0]())
+
+
+def _column_of(name: str, bucket: PreparedDataset) -> np.ndarray:
+    return bucket._columns[name]
+
+
+def _columns_of(read: Callable[[], PreparedDataset], kind: str) -> Mapping[str, np.ndarray]:
+    return getattr(read().users, kind)
 
 
 class _ShapeError(Exception):

@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import polars as pl
@@ -219,6 +219,16 @@ def _is_whole(numbers: pl.Series) -> pl.Series:
     return ((numbers == numbers.round()) & (numbers.abs() <= _EXACT)).fill_null(False)
 
 
+class Whole(Protocol):
+    """What a table of some rows asks of all rows: how a column is read may depend on every cell of it."""
+
+    def are_whole(self, column: str, lists: bool, weighted: bool, missing: tuple[Any, ...]) -> tuple[bool, bool]:
+        """See `Table.are_whole`."""
+
+    def written_as(self, column: str) -> set[str]:
+        """See `Table.written_as`; raises as `Table.values` where a cell of any row is no number."""
+
+
 class Table:
     """One table with its columns as they are stored, and where its rows came from.
 
@@ -234,6 +244,8 @@ class Table:
         delimiter: See `mvke_tf.data.declaration.Source`.
         paths: The files themselves, where the rows came from files.
         part_of_file: Part of the split that each file belongs to, where files make the split.
+        numbers_of_rows: Number of each row among all rows of the files, of a table that has some of them only.
+        whole: Answers what is asked of all rows, of a table that has some of them only.
     """
 
     def __init__(
@@ -249,6 +261,8 @@ class Table:
         delimiter: str = ",",
         paths: Sequence[Path] = (),
         part_of_file: Sequence[int] | None = None,
+        numbers_of_rows: np.ndarray | None = None,
+        whole: Whole | None = None,
     ) -> None:
         self.name = name
         self.frame = frame
@@ -261,6 +275,8 @@ class Table:
         self.delimiter = delimiter
         self.paths = tuple(paths)
         self.part_of_file = part_of_file
+        self.numbers_of_rows = numbers_of_rows
+        self.whole = whole
 
     def __len__(self) -> int:
         return self.frame.height
@@ -278,13 +294,20 @@ class Table:
 
     def parts(self) -> np.ndarray:
         """int8 `(n,)`: the part of the split that each row's file belongs to."""
-        return np.repeat(np.asarray(self.part_of_file, np.int8), [rows for _, rows in self.files])
+        parts = np.asarray(self.part_of_file, np.int8)
+        if self.numbers_of_rows is None:
+            return np.repeat(parts, [rows for _, rows in self.files])
+        return parts[self._file_of(self.numbers_of_rows)]
+
+    def _file_of(self, row: Any) -> Any:
+        return np.searchsorted(np.cumsum([rows for _, rows in self.files]), row, side="right")
 
     def place(self, row: int) -> str:
         """Where a row stands, such as `log.csv, line 17`; rows of frames count from 0, all others from 1."""
+        row = row if self.numbers_of_rows is None else int(self.numbers_of_rows[row])
         if self.format == "frame":
             return f"{self.files[0][0]}, row {row}"
-        number = int(np.searchsorted(np.cumsum([rows for _, rows in self.files]), row, side="right"))
+        number = int(self._file_of(row))
         row -= sum(rows for _, rows in self.files[:number])
         if self.format == "csv":
             return f"{self.files[number][0]}, line {files.csv_line(self.paths[number], self.delimiter, row)}"
@@ -315,19 +338,25 @@ class Table:
             weighted: Whether each value of a CSV cell is followed by its weight.
             missing: Values that mean "unknown".
         """
+        asked = column, lists, weighted, tuple(missing)
+        known, whole = self.are_whole(*asked) if self.whole is None else self.whole.are_whole(*asked)
+        return "integer" if known and whole else "string"
+
+    def are_whole(self, column: str, lists: bool, weighted: bool, missing: tuple[Any, ...]) -> tuple[bool, bool]:
+        """Whether any value is known, and whether all that are known are whole numbers; see `natural_kind`."""
         cells = self._flat(column)[1] if lists or self.is_list(column) else self._cells(column)
         values = (cells.split_weights()[0] if weighted else cells).values
         if values.dtype.is_integer() or values.dtype == pl.Boolean:
-            return "integer"
+            return True, True
         known = (without(values, missing) if values.dtype == pl.String else values).drop_nulls()
         if values.dtype.is_float():
             # What pandas makes of whole numbers with gaps.
-            return "integer" if len(known) and _is_whole(known).all() else "string"
+            return bool(len(known)), bool(_is_whole(known).all())
         if self.is_text:
             # A text with leading zeros is a name.
             whole = known.cast(pl.Int64, strict=False).cast(pl.String)
-            return "integer" if len(known) and (whole == known).fill_null(False).all() else "string"
-        return "string"
+            return bool(len(known)), bool((whole == known).fill_null(False).all())
+        return True, False
 
     def _cells(self, column: str) -> _Cells:
         return _Cells(self, column, self.series(column))
@@ -354,12 +383,17 @@ class Table:
             DataError: If a cell is no finite number, and neither true nor false.
         """
         text = self.series(column)
-        whole = text.cast(pl.Int64, strict=False)
-        if (text.is_null() | (whole.cast(pl.String) == text).fill_null(False)).all():
-            return whole
-        if text.is_in(["true", "false"]).fill_null(True).all():
-            return text == "true"
-        return self.numbers(column, words=True)
+        written_as = self.written_as(column) if self.whole is None else self.whole.written_as(column)
+        if "integer" in written_as:
+            return text.cast(pl.Int64, strict=False)
+        return text == "true" if "boolean" in written_as else self.numbers(column, words=True)
+
+    def written_as(self, column: str) -> set[str]:
+        """Whether every text is that of an `"integer"`, or of a `"boolean"`."""
+        text = self.series(column)
+        whole = text.cast(pl.Int64, strict=False).cast(pl.String)
+        found = {"integer"} if (text.is_null() | (whole == text).fill_null(False)).all() else set()
+        return found | ({"boolean"} if text.is_in(["true", "false"]).fill_null(True).all() else set())
 
     def scalars(self, column: str, kind: str, missing: Sequence[Any] = ()) -> pl.Series:
         """A column of single values, null where the value is unknown.
@@ -714,6 +748,17 @@ def read_tables(dataset: Dataset, *, rows: int | None = None, fingerprinted: boo
         DataError: If there is no file, one cannot be read, has no rows or lacks a column, or files of one table differ
             in the type of a column.
     """
+    sources, columns = named_sources(dataset)
+    tables = {name: source.read(columns[name], rows if name == LOG else None) for name, source in sources.items()}
+    return Tables(tables, fingerprint(dataset) if fingerprinted and rows is None else "")
+
+
+def named_sources(dataset: Dataset) -> tuple[dict[str, FrameSource | FileSource], dict[str, list[str]]]:
+    """Where each table comes from, and the columns of it that the declaration names.
+
+    Raises:
+        DataError: If there is no file, one cannot be read, or a column is in no table.
+    """
     sources = {name: _source(dataset, name) for name in _table_names(dataset)}
     columns: dict[str, list[str]] = {name: [] for name in sources}
     for reference in references(dataset):
@@ -724,11 +769,7 @@ def read_tables(dataset: Dataset, *, rows: int | None = None, fingerprinted: boo
         for name in among[first:]:
             if reference.column in sources[name].available:
                 columns[name].append(reference.column)
-    tables = {
-        name: source.read(list(dict.fromkeys(columns[name])), rows if name == LOG else None)
-        for name, source in sources.items()
-    }
-    return Tables(tables, fingerprint(dataset) if fingerprinted and rows is None else "")
+    return sources, {name: list(dict.fromkeys(of_table)) for name, of_table in columns.items()}
 
 
 @names_the_declaration
@@ -789,7 +830,7 @@ def _check_frame(name: str, frame: pl.DataFrame) -> None:
         )
 
 
-class _FrameSource:
+class FrameSource:
     """A table that is given in Python."""
 
     def __init__(self, dataset: Dataset, name: str) -> None:
@@ -804,8 +845,21 @@ class _FrameSource:
         frame = _normalised(frame.select([frame[name] for name in columns]) if columns else frame)
         return Table(self._name, frame, [(self.title, frame.height)], "frame", self.available)
 
+    def pieces(self, columns: Sequence[str]) -> Iterator[tuple[int, pl.DataFrame]]:
+        """The rows bit by bit, each bit with the number of its file; what `read` does to cells is done to them."""
+        whole = self.read(columns, None).frame
+        return ((0, piece) for piece in whole.iter_slices(files.PIECE))
 
-class _FileSource:
+    def describing(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The arguments of a `Table` of some of the rows, but for the frame, of files of so many rows."""
+        return {"files": [(self.title, rows[0])], "available": self.available}
+
+    def size(self) -> int:
+        """About how many rows there are."""
+        return self._frame.height
+
+
+class FileSource:
     """A table in files."""
 
     def __init__(self, dataset: Dataset, name: str) -> None:
@@ -824,43 +878,71 @@ class _FileSource:
         self.available = tuple(files.columns_of(self._files[0][0], self._format, dataset.source.delimiter))
 
     def read(self, columns: Sequence[str], rows: int | None) -> Table:
-        source = self._dataset.source
         frames: list[pl.DataFrame] = []
         # Of a table of which no column is needed, the number of rows is.
         columns = list(columns) or list(self.available[:1])
-        lists = _list_columns(self._dataset)
-        for number, (path, _) in enumerate(self._files):
+        for number in range(len(self._files)):
             left = None if rows is None else rows - sum(frame.height for frame in frames)
             if left is not None and left <= 0:
                 break
-            available = files.columns_of(path, self._format, source.delimiter) if number else self.available
-            lacking = [name for name in columns if name not in available]
-            if lacking:
-                raise DataError(
-                    f"{self._shown[number]} has no column {lacking[0]!r}, which {self._shown[0]} has."
-                    f"{nearest(lacking[0], available)} Expected the same columns in all files of a table."
-                )
-            frames.append(files.read(path, self._format, columns, left, source.delimiter, source.null, lists))
+            frames.append(self._read(number, columns, left))
         frame = _joined(frames, self._shown)
         if not frame.height:
             raise DataError(f"{self.title} has no rows. Expected at least one.")
-        return Table(
-            self._name,
-            _normalised(frame),
-            [(shown, part.height) for shown, part in zip(self._shown, frames, strict=False)],
-            self._format,
-            self.available,
-            source.list_separator,
-            source.weight_separator,
-            source.null,
-            source.delimiter,
-            [path for path, _ in self._files],
-            [part for _, part in self._files[: len(frames)]],
+        return Table(self._name, _normalised(frame), **self.describing([part.height for part in frames]))
+
+    def _read(self, number: int, columns: Sequence[str], rows: int | None) -> pl.DataFrame:
+        source, path = self._dataset.source, self._files[number][0]
+        available = files.columns_of(path, self._format, source.delimiter) if number else self.available
+        lacking = [name for name in columns if name not in available]
+        if lacking:
+            raise DataError(
+                f"{self._shown[number]} has no column {lacking[0]!r}, which {self._shown[0]} has."
+                f"{nearest(lacking[0], available)} Expected the same columns in all files of a table."
+            )
+        return files.read(
+            path, self._format, columns, rows, source.delimiter, source.null, _list_columns(self._dataset)
         )
 
+    def pieces(self, columns: Sequence[str]) -> Iterator[tuple[int, pl.DataFrame]]:
+        """The rows bit by bit, each bit with the number of its file; what `read` does to cells is done to them.
 
-def _source(dataset: Dataset, name: str) -> _FrameSource | _FileSource:
-    return (_FrameSource if name in dataset.frames else _FileSource)(dataset, name)
+        Of TFRecord a bit is a file, which is read twice: whether its columns are lists shows at its end.
+        """
+        columns, source = list(columns) or list(self.available[:1]), self._dataset.source
+        is_records = self._format == "tfrecord"
+        forms = [self._read(number, columns, None if is_records else 0).clear() for number in range(len(self._files))]
+        types = _joined(forms, self._shown).schema
+        for number, (path, _) in enumerate(self._files):
+            if is_records:
+                pieces = iter([self._read(number, columns, None)])
+            else:
+                pieces = files.pieces(path, self._format, columns, source.delimiter, source.null)
+            for piece in pieces:
+                yield number, _normalised(piece.select([piece[name].cast(kind) for name, kind in types.items()]))
+
+    def describing(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The arguments of a `Table` of some of the rows, but for the frame, of files of so many rows."""
+        source = self._dataset.source
+        return {
+            "files": list(zip(self._shown, rows, strict=False)),
+            "format": self._format,
+            "available": self.available,
+            "list_separator": source.list_separator,
+            "weight_separator": source.weight_separator,
+            "null": source.null,
+            "delimiter": source.delimiter,
+            "paths": [path for path, _ in self._files],
+            "part_of_file": [part for _, part in self._files[: len(rows)]],
+        }
+
+    def size(self) -> int:
+        """About how many rows there are."""
+        return sum(files.size(path, self._format) for path, _ in self._files)
+
+
+def _source(dataset: Dataset, name: str) -> FrameSource | FileSource:
+    return (FrameSource if name in dataset.frames else FileSource)(dataset, name)
 
 
 def _joined(frames: Sequence[pl.DataFrame], names: Sequence[str]) -> pl.DataFrame:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -80,13 +81,14 @@ def outcomes(
                 f"Expected a prediction of task {task!r} for each of the {len(rows):,} rows of the {part} part. "
                 f"Received: shape {np.shape(values)}"
             )
-        labels, counts = prepared.label(task)[rows].astype(np.float64), prepared.weight(task)[rows] > 0
+        labels = prepared.of_part(part, functools.partial(PreparedDataset.label, task=task)).astype(np.float64)
+        counts = prepared.of_part(part, functools.partial(PreparedDataset.weight, task=task)) > 0
         declared = prepared.dataset.task(task)
         if declared.transform == "log1p":
             labels = np.expm1(labels)
         given = None
         if declared.given is not None:
-            event = counts & prepared.event(declared.given)[rows]
+            event = counts & prepared.of_part(part, functools.partial(PreparedDataset.event, task=declared.given))
             given = Given(declared.given, event, np.asarray(conditional.get(task, values), np.float64))
         found.append(Outcome(task, kinds[task], labels, np.asarray(values, np.float64), counts, given))
     return tuple(found)

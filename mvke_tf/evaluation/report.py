@@ -108,7 +108,8 @@ def evaluate_run(
 def _write_pictures(run: Run, found: Sequence[Outcome], kinds: dict[str, str], part: str) -> None:
     from mvke_tf.figures import save_figure
 
-    prepared = run.prepared
+    # Of data in buckets, groups are those of the users of the part.
+    prepared = run.prepared.alone(part)
     groupings = groups(prepared)
     by_group = group_metrics(found, groupings, prepared, part)
     figures = _figures(found, part)
@@ -139,16 +140,16 @@ def measure(
 def outcomes_of(model: TwoTowerModel, prepared: PreparedDataset, part: str, batch_size: int) -> tuple[Outcome, ...]:
     """What a model predicts of one part, beside what came of it; arguments as of `evaluate_model`."""
     part_rows(prepared, part)
-    predictions = predict(model, prepared.part(part, model.task_names), batch_size)
+    predictions = predict(model, prepared.shards(part, model.task_names), batch_size)
     return outcomes(predictions.values, predictions.conditional, model.kinds, prepared, part)
 
 
 def _report(found: Sequence[Outcome], prepared: PreparedDataset, part: str) -> Report:
-    users = prepared.user_row[prepared.part_rows(part)]
-    kinds_of_users = {"all": np.ones(len(users), bool)}
+    kinds_of_users = {"all": np.ones(len(prepared.part_rows(part)), bool)}
     ids = None
     if prepared.has_users:
-        ids, warm = prepared.users.key[users], prepared.known("user")[users]
+        ids = prepared.of_part(part, lambda bucket: bucket.users.key[bucket.user_row])
+        warm = prepared.of_part(part, lambda bucket: bucket.known("user")[bucket.user_row])
         kinds_of_users |= {"warm": warm, "cold": ~warm}
     return {
         USERS[kind].format(part=part): {outcome.task: _metrics(outcome, chosen, ids) for outcome in found}

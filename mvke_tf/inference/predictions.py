@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from mvke_tf.data.batches import Interactions
+from mvke_tf.data.batches import Interactions, Shards
 from mvke_tf.inference.vectors import TILE_ROWS, Vectors, slices, vectors_of
 from mvke_tf.layers import LogitMap
 from mvke_tf.models import TwoTowerModel
@@ -35,7 +35,7 @@ class Predictions:
     conditional: dict[str, np.ndarray]
 
 
-def predict(model: TwoTowerModel, interactions: Interactions, batch: int = TILE_ROWS) -> Predictions:
+def predict(model: TwoTowerModel, interactions: Interactions | Shards, batch: int = TILE_ROWS) -> Predictions:
     """Predictions for all pairs, in one pass.
 
     Each tower runs once per distinct user or item, and a pair costs an inner product, in float32 as in the model; so
@@ -52,8 +52,17 @@ def predict(model: TwoTowerModel, interactions: Interactions, batch: int = TILE_
     """
     classes = {task: (len(names),) for task, names in model.classes.items()}
     values = {task: np.empty((len(interactions), *classes.get(task, ()))) for task in model.task_names}
-    class_vectors = {task: vectors.T for task, (vectors, _) in model.class_weights.items()}
     conditional = {task: np.empty(len(interactions)) for task in model.given}
+    if isinstance(interactions, Shards):
+        end = 0
+        for piece in interactions.pieces():
+            start, end = end, end + len(piece)
+            predicted = predict(model, piece, batch)
+            for whole, part in ((values, predicted.values), (conditional, predicted.conditional)):
+                for task, column in part.items():
+                    whole[task][start:end] = column
+        return Predictions(values, conditional)
+    class_vectors = {task: vectors.T for task, (vectors, _) in model.class_weights.items()}
     items, item_rows = _Items(model, interactions, batch), np.asarray(interactions.item_rows)
     for pairs, users, user_rows in _by_user(model, interactions, batch):
         for some in slices(len(pairs), PAIRS):

@@ -115,7 +115,7 @@ def export_run_onnx(run: Run, component: str = "model", folder: Path | None = No
         RunError: If the run has no checkpoint yet.
         OnnxError, MissingExtraError, ConfigError: See `export_onnx`.
     """
-    model, data = run.load_model(calibrated=True), run.prepared.part("test")
+    model, data = run.load_model(calibrated=True), run.prepared.bucket_with("test").part("test")
     users, items = data.user_rows[:_CHECKED_ROWS], data.item_rows[:_CHECKED_ROWS]
     rows = {name: np.asarray(data.users[name])[users] for name in model.user_tower.input}
     rows |= {name: np.asarray(data.items[name])[items] for name in model.item_tower.input}

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 
 from mvke_tf.config import BALANCED, RunConfig, TrainingConfig
-from mvke_tf.data.batches import Batches, Interactions
+from mvke_tf.data.batches import Batches, Interactions, Shards
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.groups import groups
 from mvke_tf.data.preparation import prepared_dataset
@@ -231,7 +231,7 @@ class _Training:
     prepared: PreparedDataset
     config: RunConfig
     schema: Schema
-    parts: dict[str, Interactions]
+    parts: dict[str, Interactions | Shards]
     batches: Batches
     plain: TwoTowerModel
     model: keras.Model
@@ -250,7 +250,7 @@ class _Training:
         config.check_tasks(names)
         schema = prepared.schema(names, config.model.objective)
         check_memory(table_memory(schema, config))
-        parts = {part: prepared.part(part, names, config.model.objective) for part in ("train", "validation")}
+        parts = {part: prepared.shards(part, names, config.model.objective) for part in ("train", "validation")}
         _check_parts(prepared.dataset.name, parts, schema.tasks)
         data = parts["train"]
         if config.training.in_batch_weight:
@@ -305,11 +305,16 @@ class _Training:
         if images and self.plain.gates is not None and missing_modules("matplotlib"):
             LOGGER.info("Note: no heat maps of the gates; they need matplotlib: pip install 'mvke_tf[analysis]'")
             images = 0
+        looked_at, pairs = self.prepared, self.parts["validation"]
+        if isinstance(pairs, Shards):
+            # The gates are looked at on those users that one bucket has.
+            looked_at = self.prepared.bucket_with("validation")
+            pairs = looked_at.part("validation", self.schema.task_names, self.config.model.objective)
         monitor = Monitor(
             None if missing_modules("tensorboard") else run.logs,
             self.plain,
-            self.parts["validation"],
-            groups(self.prepared) if images and self.plain.gates is not None else (),
+            pairs,
+            groups(looked_at) if images and self.plain.gates is not None else (),
             images,
             run.warnings_file,
             known=progress.known if progress else None,
@@ -350,16 +355,21 @@ class _Training:
         return history
 
 
-def _check_parts(name: str, parts: dict[str, Interactions], tasks: tuple[Task, ...]) -> None:
+def _check_parts(name: str, parts: dict[str, Interactions | Shards], tasks: tuple[Task, ...]) -> None:
     """Raises `DataError` unless there is something to learn from, in every task, and something to validate on."""
     for part, data in parts.items():
         if not len(data):
             raise DataError(
                 f"The {part} part of {name} has no row. Change [split] so that it gets some, or add rows to the log."
             )
-        data.check_labels(tasks)
     for part, data in parts.items():
-        empty = [task.name for task in tasks if task.name in data.weights and not np.any(data.weights[task.name] > 0)]
+        counting: set[str] = set()
+        for piece in data.pieces():
+            piece.check_labels(tasks)
+            counting |= {
+                task.name for task in tasks if task.name not in piece.weights or np.any(piece.weights[task.name] > 0)
+            }
+        empty = [task.name for task in tasks if task.name not in counting]
         if len(empty) == len(tasks) or (empty and part == "train"):
             raise DataError(
                 f"No row of the {part} part of {name} counts for the tasks {empty}: each has no label, or a weight of "
@@ -453,14 +463,20 @@ def _softmax(config: TrainingConfig, plain: TwoTowerModel) -> Callable[[str], In
     return lambda task: InBatchSoftmax(task, config.in_batch_weight, name=f"in_batch_{task}")
 
 
-def _with_sampling(data: Interactions, key: np.ndarray) -> Interactions:
+def _with_sampling(data: Interactions | Shards, key: np.ndarray) -> Interactions | Shards:
     """With what `InBatchSoftmax` reads of each item, whose keys are given by row of the items."""
     _, number = np.unique(key, return_inverse=True)
-    counts = np.bincount(number[data.item_rows], minlength=number.max() + 1)
+    counts = np.zeros(number.max() + 1, np.int64)
+    for piece in data.pieces():
+        counts += np.bincount(number[piece.item_rows], minlength=len(counts))
     # Of an item without a training row nothing is read.
     shares = np.log(np.maximum(counts, 1) / len(data))
     column = np.stack([shares[number], number], axis=-1).astype(np.float32)
-    return dataclasses.replace(data, items={**data.items, ITEM_SAMPLING: column})
+
+    def with_column(piece: Interactions) -> Interactions:
+        return dataclasses.replace(piece, items={**piece.items, ITEM_SAMPLING: column})
+
+    return data.map(with_column) if isinstance(data, Shards) else with_column(data)
 
 
 def _check_balanced(method: str, kinds: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mvke_tf.data.batches import Interactions
+from mvke_tf.data.batches import Interactions, Shards
 from mvke_tf.errors import DataError, MvkeError
 from mvke_tf.inference.predictions import predict
 from mvke_tf.losses import uncertainty_weight
@@ -33,14 +33,17 @@ class Validation:
     def __init__(
         self,
         model: TwoTowerModel,
-        data: Interactions,
+        data: Interactions | Shards,
         tasks: Sequence[Task],
         loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self.data, self.tasks = model, data, tuple(tasks)
         self.loss_weights = dict(loss_weights or {})
-        everything = np.ones(len(data), np.float32)
-        self._weights = {task.name: np.asarray(data.weights.get(task.name, everything)) for task in tasks}
+        # Shards are read once here, and then for each prediction.
+        pieces = [(piece.labels, piece.weights, np.ones(len(piece), np.float32)) for piece in data.pieces()]
+        names = [task.name for task in tasks]
+        self._labels = {name: np.concatenate([labels[name] for labels, _, _ in pieces]) for name in names}
+        self._weights = {name: np.concatenate([some.get(name, ones) for _, some, ones in pieces]) for name in names}
         self._rows = {name: np.flatnonzero(weight > 0) for name, weight in self._weights.items()}
         for task in self.tasks:
             if reason := self._undefined(task):
@@ -52,7 +55,7 @@ class Validation:
                 )
 
     def _undefined(self, task: Task) -> str | None:
-        labels = np.asarray(self.data.labels[task.name])[self._rows[task.name]]
+        labels = self._labels[task.name][self._rows[task.name]]
         if not len(labels):
             return "has no row that counts"
         if task.kind == "binary" and labels.min() == labels.max():
@@ -85,7 +88,7 @@ class Validation:
             rows = self._rows[task.name]
             conditional = task.objective == "conditional" and task.name in predictions.conditional
             predicted = np.asarray((predictions.conditional if conditional else predictions.values)[task.name])[rows]
-            labels = np.asarray(self.data.labels[task.name], np.float64)[rows]
+            labels = self._labels[task.name][rows].astype(np.float64)
             if not np.isfinite(predicted).all():
                 return {"val_loss": math.nan}
             loss = math.nan

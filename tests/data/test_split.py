@@ -87,8 +87,8 @@ def test_column():
 
 def test_empty_training_part_is_an_error():
     with pytest.raises(DataError, match=r"training part no row.*Received: train 0, validation 1, test 2 rows"):
-        split.check_parts(np.array([1, 2, 2]))
-    split.check_parts(np.array([0, 0]))
+        split.check_parts([0, 1, 2])
+    split.check_parts([2, 0, 0])
 
 
 @pytest.mark.parametrize("values", [[["a"], ["b"]], [{"a": 1}, {"a": 2}]])

@@ -62,7 +62,7 @@ class Candidates:
             return cls(table, None)
         lists = {feature.name for feature in prepared.encoder.of_tower("item") if feature.is_list}
         declared = {group.name: group.feature for group in prepared.dataset.groups or ()}
-        found = {grouping.variable: grouping for grouping in groups(prepared) if grouping.side == "item"}
+        found = {grouping.variable: grouping for grouping in groups(prepared, ("item",))}
         if by != BY_ITEM and by not in found:
             raise ConfigError(
                 f"Profiles are made by {BY_ITEM!r} or by a group of items: {', '.join(found) or 'there is none'}. "
@@ -143,6 +143,8 @@ class Users:
         latest = prepared.latest_users
         known = _index(latest.key)
         wanted = known if ids is None else _index(_as_keys(ids, known))
+        if ids is None and prepared.is_in_buckets:
+            wanted = known.sort_values()
         rows = known.get_indexer(wanted)
         if (rows < 0).any() or not wanted.is_unique:
             wrong = wanted[(rows < 0) | wanted.duplicated()].tolist()
@@ -175,10 +177,14 @@ def _seen(prepared: PreparedDataset, users: pd.Index) -> np.ndarray:
     if not prepared.has_items:
         raise ConfigError("What a user has seen needs ids of items: declare `[keys] item`. Received: data without")
     items = _index(np.asarray(prepared.items.key)[prepared.catalogue])
-    user = users.get_indexer(_index(prepared.users.key))[prepared.user_row]
-    item = items.get_indexer(_index(prepared.items.key))[prepared.item_row]
-    own = (user >= 0) & ~np.asarray(prepared.sampled)
-    return np.unique(np.stack([user[own], item[own]], axis=1), axis=0)
+    number = items.get_indexer(_index(prepared.items.key))
+    seen = []
+    for bucket in prepared.buckets():
+        user = users.get_indexer(_index(bucket.users.key))[bucket.user_row]
+        own = (user >= 0) & ~np.asarray(bucket.sampled)
+        seen.append(np.unique(np.stack([user[own], number[bucket.item_row[own]]], axis=1), axis=0))
+    # The rows of a user are in one bucket.
+    return np.concatenate(seen)
 
 
 def _check_rows(what: str, table: Mapping[str, Any], **others: Sized) -> None:

@@ -61,7 +61,7 @@ def write_best(
 
 def _write_projector(folder: Path, model: TwoTowerModel, prepared: PreparedDataset) -> None:
     rows = shown_items(prepared)
-    columns = item_columns(prepared.items.names[rows], groups(prepared), rows)
+    columns = item_columns(prepared.items.names[rows], groups(prepared, ("item",)), rows)
     vectors = vectors_of(model.item_tower, prepared.items.encoded, rows)
     projector = ProjectorConfig()
     for task, array in vectors.items():
@@ -85,7 +85,9 @@ def shown_items(prepared: PreparedDataset) -> np.ndarray:
     if len(rows) <= MOST_ITEMS:
         return rows
     _, item = np.unique(prepared.items.key, return_inverse=True)
-    counts = np.bincount(item[prepared.item_row[prepared.part_rows("train")]], minlength=len(rows))
+    counts = np.zeros(len(rows), np.int64)
+    for bucket in prepared.buckets():
+        counts += np.bincount(item[bucket.item_row[bucket.part_rows("train")]], minlength=len(rows))
     most = np.argsort(-counts[item[rows]], kind="stable")[:MOST_ITEMS]
     return rows[np.sort(most)]
 

@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preparation of a log that does not fit into memory, bucket by bucket: the same rows, values and encoder as in memory.
+
+All rows of a user are in one bucket, in which histories, parts, negatives and user states are made as in memory. Of
+the whole log memory holds what takes a few bytes per row: moments, items and places of the rows in its order, the
+columns of the statistics of items while these are made, and the numbers of one feature while its bounds are found.
+
+Every step writes a folder or a file that appears when it is complete, so that an interrupted preparation goes on with
+what it has, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from mvke_tf.data import groups, negatives, store
+from mvke_tf.data.declaration import Dataset
+from mvke_tf.data.encoder import EncodedFeature, Encoder, Learner
+from mvke_tf.data.preparation import (
+    Entities,
+    Log,
+    Piece,
+    Rows,
+    check_facts,
+    encoded,
+    encoded_features,
+    features_of_encoder,
+    items_of,
+    needs_moments,
+    numbers_of,
+    offsets,
+    side_rows_of,
+    warn_of_lacking,
+)
+from mvke_tf.data.scatter import Buckets, scatter
+from mvke_tf.data.store import EntityTable, PreparedDataset, bucket_name
+from mvke_tf.data.tables import ITEMS, LOG, USERS, named_sources, names_the_declaration
+from mvke_tf.errors import DataError, MvkeError
+from mvke_tf.io import atomic_write, read_json, try_lock, write_json
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+# What a process needs before its first row.
+_PROCESS = 1024 * MIB
+# Bytes that a row takes while it is prepared, and more for each slot of the features of a user, and for each sampled
+# negative; measured with benchmarks/scale.py.
+_ROW, _SLOT, _NEGATIVE = 400, 30, 100
+# A bucket takes so much of the memory that there is for rows: the rest is for what is known of all rows, and training
+# holds several buckets at once.
+_SHARE = 1 / 8
+# Files that a process may have open.
+_MOST_BUCKETS = 512
+
+
+def number_of_buckets(dataset: Dataset, memory_mb: int | None = None) -> int:
+    """How many buckets a dataset is prepared in; 1 for one that is prepared in memory.
+
+    Args:
+        dataset: The declaration.
+        memory_mb: Memory that the preparation may take, in MiB; by default half of the machine's.
+
+    Raises:
+        DataError: If a file cannot be read.
+    """
+    rows = named_sources(dataset)[0][LOG].size()
+    slots = sum(max(feature.length, feature.width) for feature in dataset.of_tower("user"))
+    drawn = 0 if dataset.negatives.kind == "none" else dataset.negatives.per_positive
+    needed = rows * (_ROW + _SLOT * slots + _NEGATIVE * drawn)
+    budget = memory_mb * MIB if memory_mb else _machine_memory() // 2
+    available = max(budget - _PROCESS, budget // 4)
+    if needed <= available:
+        return 1
+    if dataset.keys.item is None and dataset.of_tower("item"):
+        logger.warning(
+            "%s has features of items and no [keys] item: the log is prepared in memory, and takes about %s MB of it.",
+            *(dataset.name, f"{needed / 1e6:,.0f}"),
+        )
+        return 1
+    return min(math.ceil(needed / (available * _SHARE)), _MOST_BUCKETS)
+
+
+def _machine_memory() -> int:
+    """Bytes that this machine, or the container, has."""
+    limits = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(ValueError, OSError):
+            limits.append(int(Path(path).read_text(encoding="utf-8")))
+    # Of a system that does not say.
+    return min(limits, default=16 * 1024 * MIB)
+
+
+@names_the_declaration
+def prepare_in_buckets(dataset: Dataset, folder: Path, fingerprint: str, buckets: int) -> None:
+    """Prepares a dataset bucket by bucket, or goes on with that.
+
+    Args:
+        dataset: The declaration.
+        folder: Where the prepared dataset is to lie; one that exists is replaced. What is written meanwhile is in a
+            folder beside it, `<folder>.unfinished`.
+        fingerprint: Digest of the contents of the tables.
+        buckets: How many.
+
+    Raises:
+        DataError: If the tables cannot be read or do not fit the declaration, or another process is at it.
+        DeclarationError: See `mvke_tf.data.preparation.prepare`.
+    """
+    work = folder.with_name(folder.name + ".unfinished")
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / ".lock", "a", encoding="utf-8") as lock:
+        if not try_lock(lock):
+            raise DataError(f"{folder} is being prepared by another process. Wait for it, or end it.")
+        made_of = store.digest(dataset, fingerprint, store.IN_BUCKETS, buckets)
+        about = work / "made_of.json"
+        if not about.is_file() or read_json(about) != made_of:
+            for path in work.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+            write_json(about, made_of)
+        logger.info("Preparing %s in %d buckets of users in %s ...", dataset.name, buckets, work)
+        try:
+            _Preparation(dataset, work, buckets).run(folder, fingerprint)
+        except MvkeError:
+            # Tables or declaration have to change first.
+            shutil.rmtree(work)
+            raise
+    shutil.rmtree(work)
+
+
+class _Preparation:
+    """The steps of a preparation in buckets.
+
+    Args:
+        dataset: The declaration.
+        work: The folder for what is written meanwhile.
+        number: How many buckets; those without a row are left out.
+    """
+
+    def __init__(self, dataset: Dataset, work: Path, number: int) -> None:
+        self.dataset, self.work = dataset, work
+        size = named_sources(dataset)[0][LOG].size()
+        if not (work / "tables").is_dir():
+            with _bar("Spreading the log", size) as done:
+                scatter(dataset, work / "tables", number, done)
+        self.buckets = Buckets(dataset, work / "tables")
+        if not (work / "order").is_dir():
+            with _bar("Ordering its rows", sum(self.buckets.rows)) as done:
+                _order(self.buckets, work / "order", done)
+        self._order = read_json(work / "order" / "order.json")
+        self._starts = np.concatenate([[0], np.cumsum(self.buckets.rows)])
+        self.log = Log(
+            dataset,
+            [functools.partial(self.rows, number) for number in range(len(self.buckets))],
+            self._items(),
+            self._ordered("time"),
+            int(self._starts[-1]),
+        )
+
+    def _ordered(self, name: str) -> np.ndarray | None:
+        path = self.work / "order" / f"{name}.npy"
+        return np.load(path, mmap_mode="r") if path.is_file() else None
+
+    def _items(self) -> Entities | None:
+        path, item = self.work / "order" / "items.parquet", self._ordered("item")
+        if item is None:
+            return None
+        keys, side = pl.read_parquet(path)["key"], self.buckets.items
+        return Entities(keys, item, side, None if side is None else side_rows_of(side, _on(self.dataset), keys))
+
+    def rows(self, number: int) -> Rows:
+        """The rows of one bucket."""
+        position = self._ordered("position")
+        if position is None:
+            raise DataError(f"{self.work} is damaged. Delete it and prepare again.")
+        span = slice(self._starts[number], self._starts[number + 1])
+        return Rows(self.dataset, self.buckets.tables(number), self.log.items, np.asarray(position[span]))
+
+    def run(self, folder: Path, fingerprint: str) -> None:
+        """Does what has not been done yet."""
+        features = encoded_features(self.rows(0))
+        facts = self._make_pieces(features)
+        check_facts(self.dataset, facts)
+        if facts["rows_without_negatives"] == len(self.log):
+            raise DataError(
+                "[negatives]: up to the moment of each row its user has had all items. Expected a row that has one to "
+                "draw. Declare the items in [tables.items], or future = true."
+            )
+        if facts["rows_without_negatives"]:
+            negatives.warn_of_rows_without(facts["rows_without_negatives"], len(self.log))
+        if USERS in self.buckets.tables(0).tables:
+            lacking = self._order["lacking"], self._order["users"], self.buckets.tables(0).tables[USERS]
+            warn_of_lacking(USERS, *lacking)
+        if self.log.items is not None and self.log.items.side_row is not None and self.buckets.items is not None:
+            occurring = np.unique(self.log.items.of_row).size
+            warn_of_lacking(ITEMS, int((self.log.items.side_row < 0).sum()), occurring, self.buckets.items)
+        items, item_rows, catalogue = self._make_items(features, facts["interactions"])
+        encoder = self._learn(features, facts, items, item_rows)
+        items = encoded(encoder, items)
+        with atomic_write(folder) as temporary:
+            self._write(temporary, folder, fingerprint, encoder, items, item_rows, catalogue, facts)
+            if self.dataset.groups is not None:
+                # A group that cannot be made is known before anything is trained.
+                groups.groups(PreparedDataset.load(temporary).bucket(0))
+
+    def _piece(self, number: int) -> Path:
+        return self.work / "pieces" / bucket_name(number)
+
+    def _make_pieces(self, features: Mapping[str, EncodedFeature]) -> dict[str, Any]:
+        """Makes the piece of each bucket; returns what is known of all of them together."""
+        every = []
+        with _bar("Preparing", len(self.log)) as done:
+            for number in range(len(self.buckets)):
+                if not self._piece(number).is_dir():
+                    rows = self.rows(number)
+                    with atomic_write(self._piece(number)) as temporary:
+                        self._write_piece(temporary, Piece.of(rows, self.log, features), features)
+                every.append(read_json(self._piece(number) / "facts.json"))
+                done(self.buckets.rows[number])
+        facts: dict[str, Any] = {
+            "parts": np.sum([one["parts"] for one in every], axis=0).tolist(),
+            "rows_without_negatives": sum(one["rows_without_negatives"] for one in every),
+            "lengths": every[0]["lengths"],
+            **{name: [one[name] for one in every] for name in store.IN_A_BUCKET},
+            "tasks": {},
+        }
+        for task in self.dataset.task_names:
+            of_task = [one["tasks"][task] for one in every]
+            numbers = {name: sum(one[name] for one in of_task) for name in of_task[0] if name != "labels"}
+            ends = [end for one in of_task for end in one["labels"] or ()]
+            facts["tasks"][task] = numbers | {"labels": [min(ends), max(ends)] if ends else None}
+        return facts
+
+    def _write_piece(self, folder: Path, piece: Piece, features: Mapping[str, EncodedFeature]) -> None:
+        of_users = [features[feature.name] for feature in self.dataset.of_tower("user")]
+        lengths: dict[str, int] = {}
+        for name, table in (("users", piece.users), ("latest_users", piece.latest_users)):
+            lengths |= store.write_raw(folder / name, table, of_users)
+        columns = {"user_row": piece.user_row, "split": piece.split, "sampled": piece.sampled}
+        columns |= {"item": np.zeros(len(piece.split), np.int32) if piece.item is None else piece.item}
+        columns |= {} if piece.time is None else {"time": piece.time}
+        for kind, of_tasks in (("label", piece.labels), ("weight", piece.weights)):
+            columns |= {f"{kind}:{task}": np.asarray(column, np.float32) for task, column in of_tasks.items()}
+        store.write_columns(folder / "rows.parquet", columns)
+        np.save(folder / "parts.npy", piece.parts)
+        facts = piece.facts | {"lengths": lengths, "interactions": len(piece.split)}
+        facts |= {"users": len(piece.users), "latest_users": len(piece.latest_users)}
+        (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+    def _columns(self, number: int, *names: str) -> list[np.ndarray]:
+        frame = pl.read_parquet(self._piece(number) / "rows.parquet", columns=list(names))
+        return [frame[name].to_numpy() for name in names]
+
+    def _make_items(
+        self, features: Mapping[str, EncodedFeature], interactions: Sequence[int]
+    ) -> tuple[EntityTable, list[np.ndarray], np.ndarray]:
+        """Items, not encoded; the item state of each interaction of each bucket; the latest states."""
+        numbers = range(len(self.buckets))
+        if self.log.items is None:
+            items, _, catalogue = items_of(self.log, features, np.zeros(0, np.int8), None, None)
+            return items, [np.zeros(number, np.int32) for number in interactions], catalogue
+        parts = np.empty(len(self.log), np.int8)
+        for number in numbers:
+            position = self._ordered("position")
+            if position is not None:
+                span = slice(self._starts[number], self._starts[number + 1])
+                parts[position[span]] = np.load(self._piece(number) / "parts.npy")
+        item = np.concatenate([self._columns(number, "item")[0].astype(np.int32) for number in numbers])
+        time = None
+        if self.log.time is not None and needs_moments(self.rows(0)):
+            time = np.concatenate([self._columns(number, "time")[0] for number in numbers])
+        items, item_row, catalogue = items_of(self.log, features, parts, item, time)
+        return items, np.split(item_row.astype(np.int32), np.cumsum(interactions)[:-1]), catalogue
+
+    def _learn(
+        self,
+        features: Mapping[str, EncodedFeature],
+        facts: Mapping[str, Any],
+        items: EntityTable,
+        item_rows: Sequence[np.ndarray],
+    ) -> Encoder:
+        learner = Learner(features_of_encoder(self.dataset, features))
+        of_users = [features[feature.name] for feature in self.dataset.of_tower("user")]
+        item_counts = np.zeros(len(items.key), np.int64)
+        order = self._ordered("users")
+        start = 0
+        with _bar("Learning values", len(self.log)) as done:
+            for number, states in enumerate(facts["users"]):
+                user_row, split, sampled = self._columns(number, "user_row", "split", "sampled")
+                training = (split == 0) & ~sampled
+                counts = np.bincount(user_row[training], minlength=states)
+                item_counts += np.bincount(item_rows[number][training], minlength=len(items.key))
+                place = self._piece(number) / "users"
+                key = store.keys_columns(place, states).read("key")
+                # States are in the order of users; a user without a key is a row, whose number is its key.
+                user = key
+                if order is not None:
+                    user = order[start + np.concatenate([[0], np.cumsum(key[1:] != key[:-1])])]
+                start += facts["latest_users"][number]
+                raw = store.raw_columns(place, states, of_users, facts["lengths"])
+                learner.add("user", raw, np.flatnonzero(counts), counts, user)
+                done(self.buckets.rows[number])
+        learner.add("item", items.raw, np.flatnonzero(item_counts), item_counts)
+        return learner.encoder()
+
+    def _write(
+        self,
+        temporary: Path,
+        folder: Path,
+        fingerprint: str,
+        encoder: Encoder,
+        items: EntityTable,
+        item_rows: Sequence[np.ndarray],
+        catalogue: np.ndarray,
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Encodes each bucket, and writes the prepared dataset."""
+        temporary.mkdir()
+        with _bar("Encoding", len(self.log)) as done:
+            for number in range(len(self.buckets)):
+                finished = self.work / "encoded" / bucket_name(number)
+                if not finished.is_dir():
+                    with atomic_write(finished) as beside:
+                        self._write_bucket(beside, number, encoder, item_rows[number], facts)
+                shutil.copytree(finished, temporary / finished.name, copy_function=_linked)
+                done(self.buckets.rows[number])
+        lengths = dict(facts["lengths"]) | store.write_raw(temporary / "items", items, encoder.of_tower("item"))
+        store.write_encoded(temporary / "items", items)
+        buckets = [
+            dict(zip(store.IN_A_BUCKET, rows, strict=True))
+            for rows in zip(*(facts[name] for name in store.IN_A_BUCKET), strict=True)
+        ]
+        store.write_rest(
+            *(temporary, folder, self.dataset, encoder, fingerprint, catalogue, offsets(self.dataset, facts)),
+            rows={"items": len(items.key), **{name: sum(facts[name]) for name in store.IN_A_BUCKET}},
+            lengths=lengths,
+            version=store.IN_BUCKETS,
+            buckets=buckets,
+        )
+
+    def _write_bucket(
+        self, folder: Path, number: int, encoder: Encoder, item_row: np.ndarray, facts: Mapping[str, Any]
+    ) -> None:
+        for name in ("users", "latest_users"):
+            place, rows = self._piece(number) / name, facts[name][number]
+            (folder / name).mkdir(parents=True)
+            for file in ("keys.parquet", "raw.parquet"):
+                _linked(place / file, folder / name / file)
+            raw = store.raw_columns(place, rows, encoder.of_tower("user"), facts["lengths"])
+            table = EntityTable("user", np.zeros(rows, np.int8), encoder.encode_numpy(raw, "user", rows), {})
+            store.write_encoded(folder / name, table)
+        tasks = self.dataset.task_names
+        user_row, split, sampled = self._columns(number, "user_row", "split", "sampled")
+        labels, weights = (
+            dict(zip(tasks, self._columns(number, *(f"{kind}:{task}" for task in tasks)), strict=True))
+            for kind in ("label", "weight")
+        )
+        time = self._columns(number, "time")[0] if self.log.time is not None else None
+        columns = store.interaction_columns(self.dataset, user_row, item_row, split, labels, weights, time, sampled)
+        store.write_columns(folder / store.INTERACTIONS, columns)
+
+
+def _linked(source: Any, target: Any) -> None:
+    """Gives a file another name, or copies it where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _on(dataset: Dataset) -> str:
+    """The column of the key in the table of items."""
+    return str((dataset.items and dataset.items.on) or dataset.keys.item)
+
+
+def _order(buckets: Buckets, folder: Path, done: Any) -> None:
+    """Writes the order of all rows, and what is known of each in it.
+
+    `position.npy` has the place of each row, bucket by bucket in their own order; `time.npy` and `item.npy` are in the
+    order of the whole log, `users.npy` has the number of each user of each bucket, and `items.parquet` all items.
+    """
+    dataset, total, end, lacking = buckets.dataset, sum(buckets.rows), 0, 0
+    spans: list[slice] = []
+    users: list[pl.Series] = []
+    items: list[pl.Series] = []
+    # The last key is the first to sort by. Users and items have the numbers of their bucket at first.
+    kinds = {"number": (dataset.keys.user is None, np.int64), "item": (dataset.keys.item is not None, np.int32)}
+    kinds |= {"user": (dataset.keys.user is not None, np.int32), "time": (dataset.source.time is not None, np.int64)}
+    keys: dict[str, np.ndarray] = {name: np.empty(total, kind) for name, (is_there, kind) in kinds.items() if is_there}
+    for number, rows in enumerate(buckets.rows):
+        bucket = Rows(dataset, buckets.tables(number))
+        spans.append(slice(end, end + rows))
+        end += rows
+        if bucket.time is not None:
+            keys["time"][spans[-1]] = bucket.time
+        if "number" in keys:
+            keys["number"][spans[-1]] = bucket.users.keys.to_numpy()[bucket.users.of_row]
+        else:
+            keys["user"][spans[-1]] = bucket.users.of_row
+            users.append(bucket.users.keys)
+        if bucket.users.side_row is not None:
+            lacking += int((bucket.users.side_row < 0).sum())
+        if bucket.items is not None:
+            keys["item"][spans[-1]] = bucket.items.of_row
+            items.append(bucket.items.keys)
+        done(rows)
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        if items:
+            every = pl.concat(items).unique().sort()
+            pl.DataFrame({"key": every}).write_parquet(temporary / "items.parquet")
+            for span, own in zip(spans, items, strict=True):
+                keys["item"][span] = numbers_of(own, every)[keys["item"][span]]
+        if users:
+            rank = np.empty(sum(map(len, users)), np.int32)
+            rank[pl.concat(users).arg_sort().to_numpy()] = np.arange(len(rank))
+            np.save(temporary / "users.npy", rank)
+            parts = np.split(rank, np.cumsum([len(own) for own in users])[:-1])
+            for span, part in zip(spans, parts, strict=True):
+                keys["user"][span] = part[keys["user"][span]]
+        order = np.lexsort(list(keys.values()))
+        for name in ("time", "item"):
+            if name in keys:
+                np.save(temporary / f"{name}.npy", keys[name][order])
+        keys.clear()
+        position = np.empty(total, np.int64)
+        position[order] = np.arange(total)
+        np.save(temporary / "position.npy", position)
+        about = {"lacking": lacking, "users": sum(map(len, users))}
+        (temporary / "order.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _bar(what: str, rows: int) -> Iterator[Any]:
+    """Takes numbers of rows that are done: a bar with rows per second and time left on a terminal, else one line."""
+    started, bar = time.perf_counter(), None
+    if sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            bar = tqdm(total=rows, desc=what, unit="row", unit_scale=True, file=sys.stdout, leave=False)
+    try:
+        yield (lambda number: None) if bar is None else bar.update
+    finally:
+        if bar is not None:
+            bar.close()
+    logger.info("%s: %s rows, %.0f s", what, f"{rows:,}", time.perf_counter() - started)

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A log that is prepared in buckets of its users: the same rows, values and encoder as in memory."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from mvke_tf.data.buckets import number_of_buckets, prepare_in_buckets
+from mvke_tf.data.declaration import Dataset
+from mvke_tf.data.preparation import prepare
+from mvke_tf.data.store import EntityTable, PreparedDataset
+from mvke_tf.errors import DataError
+from mvke_tf.io import checksums
+from tests.conftest import REPOSITORY
+from tests.data.test_preparation import shop
+from tests.small import SMALL, small_dataset, small_log, small_toml
+
+BUCKETS = 7
+
+
+def in_buckets(dataset: Dataset, folder: Path, buckets: int = BUCKETS) -> PreparedDataset:
+    prepare_in_buckets(dataset, folder / "prepared", "contents", buckets)
+    assert [path.name for path in folder.iterdir()] == ["prepared"]
+    return PreparedDataset.load(folder / "prepared")
+
+
+def columns_of(table: EntityTable, rows: np.ndarray) -> dict[str, np.ndarray]:
+    columns = {"key": table.key, "name": table.name, "time": table.time}
+    columns |= {f"raw {name}": column for name, column in table.raw.items()}
+    columns |= {f"encoded {name}": column for name, column in table.encoded.items()}
+    return {name: np.asarray(column)[rows] for name, column in columns.items() if column is not None}
+
+
+def assert_equal_columns(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
+    assert set(left) == set(right)
+    for name, column in left.items():
+        np.testing.assert_array_equal(column, right[name], err_msg=name)
+        assert column.dtype == right[name].dtype, name
+
+
+def assert_same(whole: PreparedDataset, other: PreparedDataset) -> None:
+    """Raises unless both have the same rows, up to their order, in which those of a user stay."""
+    assert other.is_in_buckets and not whole.is_in_buckets
+    assert len(list(other.buckets())) > 1
+    assert whole.encoder.to_dict() == other.encoder.to_dict()
+    assert whole.offsets == other.offsets
+    items = np.arange(len(whole.items))
+    assert_equal_columns(columns_of(whole.items, items), columns_of(other.items, items))
+    np.testing.assert_array_equal(whole.catalogue, other.catalogue)
+    left, right = (np.argsort(np.asarray(one.users.key)[one.user_row], kind="stable") for one in (whole, other))
+    for name, column in whole._columns.items():
+        if name != "user_row":
+            np.testing.assert_array_equal(column[left], other._columns[name][right], err_msg=name)
+    assert len(whole.users) == len(other.users)
+    assert_equal_columns(columns_of(whole.users, whole.user_row[left]), columns_of(other.users, other.user_row[right]))
+    orders = [np.argsort(np.asarray(one.latest_users.key), kind="stable") for one in (whole, other)]
+    assert_equal_columns(columns_of(whole.latest_users, orders[0]), columns_of(other.latest_users, orders[1]))
+    for side in ("user", "item"):
+        rows = {"user": (whole.user_row[left], other.user_row[right]), "item": (items, items)}[side]
+        np.testing.assert_array_equal(whole.known(side)[rows[0]], other.known(side)[rows[1]])
+
+
+DATASETS = {
+    "uniform negatives of all items": lambda: small_dataset(),
+    "uniform negatives": lambda: small_dataset(negatives={"kind": "uniform", "per_positive": 3}),
+    "popular negatives": lambda: small_dataset(negatives={"kind": "popularity", "per_positive": 2}),
+    "popular negatives of all items": lambda: small_dataset(
+        negatives={"kind": "popularity", "per_positive": 2, "future": True}
+    ),
+    "split per user": lambda: small_dataset(**{"split.by": "per_user", "negatives": None}),
+    "split at random": lambda: small_dataset(**{"split.by": "random"}),
+    "split by hash": lambda: small_dataset(**{"split.by": "hash"}),
+    "split by moments": lambda: small_dataset(
+        **{"split": {"by": "time", "validation": 1_700_020_000, "test": 1_700_026_000}}
+    ),
+    "shop": lambda: shop(),
+    "statistics at each moment": lambda: small_dataset(
+        **{
+            "features.popularity.statistic": {"count": True, "until": "row", "half_life": "2h"},
+            "features.item_stars.statistic": {"mean": "stars", "until": "row", "every": "3h"},
+        }
+    ),
+    "statistics with a half-life": lambda: small_dataset(
+        **{
+            "features.popularity.statistic": {"count": True, "half_life": "2h"},
+            "features.item_stars.statistic": {"mean": "stars", "half_life": "2h", "where": "clicked"},
+        }
+    ),
+    # An item of the log has the value of its last training row, and a negative may come before its first.
+    "item columns of the log": lambda: small_dataset(
+        **{
+            "features.land": {"tower": "item", "encode": "vocabulary", "column": "country"},
+            "features.fan": {"tower": "item", "encode": "number", "column": "age"},
+            "negatives": {"kind": "uniform", "future": True},
+        }
+    ),
+    "no users": lambda: without("keys.user", "clicks", "mean_stars", "recent_items", "liked_tags", "user"),
+    "no times": lambda: without("source.time", "clicks", "mean_stars", "recent_items", "liked_tags"),
+    "no items": lambda: without("keys.item", *("recent_items", "item", "tags", "price"), *OF_ITEMS),
+}
+OF_ITEMS = ("year", "popularity", "item_stars", "liked_tags")
+
+
+def without(key: str, *features: str) -> Dataset:
+    """The small dataset without a key and the features that need it."""
+    values = copy.deepcopy(SMALL)
+    section, name = key.split(".")
+    del values[section][name]
+    if key == "keys.item":
+        del values["keys"]["item_name"], values["tables"]
+    if key == "source.time":
+        del values["source"]["time_unit"]
+        values["split"] = {"by": "random"}
+    if key != "source.time":
+        del values["negatives"]
+    for feature in features:
+        del values["features"][feature]
+    values["groups"] = {"country": {"feature": "country"}}
+    log, items = small_log()
+    return Dataset.from_frame(log, values, items=None if key == "keys.item" else items)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_buckets_hold_what_memory_does(tmp_path, name):
+    dataset = DATASETS[name]()
+    assert_same(prepare(dataset), in_buckets(dataset, tmp_path))
+
+
+LISTS = {
+    "format": 1,
+    "name": "lists",
+    "source": {"path": ["a.csv", "b.csv"], "time": "at"},
+    "keys": {"user": "user", "item": "item"},
+    "tables": {"users": {"path": "users.csv"}},
+    "split": {"by": "per_user"},
+    "features": {
+        "user": {"tower": "user", "encode": "vocabulary"},
+        "words": {"tower": "user", "encode": "vocabulary", "length": 3, "weighted": True, "keep": "heaviest"},
+        "had": {"tower": "user", "embedding": "item", "length": 2, "history": {"last": "item", "where": "click"}},
+        "size": {"tower": "user", "encode": "vocabulary"},
+        "item": {"tower": "item", "encode": "vocabulary"},
+    },
+    "tasks": {"click": {"label": "click"}},
+}
+
+
+def written(folder: Path, last_item: str = "9") -> Dataset:
+    """A log in two CSV files: what kind of values a column has shows in its last cell."""
+    random = np.random.default_rng(0)
+    rows = []
+    for row in range(60):
+        user, item = f"0{random.integers(1, 9)}", random.integers(1, 9)
+        words = "|".join(f"w{word}:{random.random():.1f}" for word in random.integers(0, 6, random.integers(0, 5)))
+        rows.append(f"{row},{user},{item},{words},{'true' if random.random() < 0.4 else 'false'},{user[1]}\n")
+    rows[-1] = f"60,08,{last_item},,true,8\n"
+    header = "at,user,item,words,click,size\n"
+    (folder / "a.csv").write_text(header + "".join(rows[:25]), encoding="utf-8")
+    (folder / "b.csv").write_text(header + "".join(rows[25:]), encoding="utf-8")
+    users = "".join(f"0{user},{'' if user == 3 else user * 1.5}\n" for user in range(1, 8))
+    (folder / "users.csv").write_text("user,size\n" + users, encoding="utf-8")
+    return Dataset.from_dict(LISTS, folder)
+
+
+@pytest.mark.parametrize("last_item", ["9", "nine"])
+def test_how_a_column_is_read_depends_on_every_cell_of_it(tmp_path, caplog, last_item):
+    dataset = written(tmp_path, last_item)
+    whole = prepare(dataset)
+    warnings = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    (tmp_path / "other").mkdir()
+    assert_same(whole, in_buckets(dataset, tmp_path / "other"))
+    assert whole.encoder.raw_inputs("user")["user"][0] == "string"
+    assert whole.encoder.raw_inputs("item")["item"][0] == ("int64" if last_item == "9" else "string")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == warnings
+    assert any(text.startswith("1 of the 8 users of the log are not in users.csv") for text in warnings)
+
+
+def test_errors_name_the_row(tmp_path):
+    dataset = written(tmp_path)
+    lines = (tmp_path / "b.csv").read_text().splitlines()
+    lines[7] = lines[7].replace("true", "maybe").replace("false", "maybe")
+    (tmp_path / "b.csv").write_text("\n".join(lines) + "\n")
+    messages = []
+    for prepared in (lambda: prepare(dataset), lambda: in_buckets(dataset, tmp_path)):
+        with pytest.raises(DataError, match=r"b\.csv, line 8, column 'click'.*Received: 'maybe'") as error:
+            prepared()
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+# Dies at the third of its renames, while what was to be renamed is complete.
+DYING = """
+import os, sys
+from pathlib import Path
+from mvke_tf.data.buckets import prepare_in_buckets
+from mvke_tf.data.declaration import Dataset
+
+replace, left = os.replace, [3]
+
+def dying(*paths):
+    left[0] -= 1
+    if not left[0]:
+        os._exit(9)
+    replace(*paths)
+
+os.replace = dying
+prepare_in_buckets(Dataset.from_toml(Path(sys.argv[1])), Path(sys.argv[2]), "contents", 4)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    declaration = small_toml(tmp_path)
+    dataset, unbroken, killed = Dataset.from_toml(declaration), tmp_path / "unbroken", tmp_path / "killed"
+    prepare_in_buckets(dataset, unbroken, "contents", 4)
+    deaths = 0
+    while not killed.is_dir():
+        process = subprocess.run(
+            [sys.executable, "-c", DYING, declaration, killed], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+        )
+        assert process.returncode in (0, 9), process.stderr
+        deaths += process.returncode == 9
+    assert deaths >= 4
+    assert checksums(killed) == checksums(unbroken)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("items.parquet", "killed", "log.parquet", "small.toml", "unbroken")
+    ]
+
+
+def test_what_is_unfinished_of_other_data_is_not_gone_on_with(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mvke_tf.data.buckets.items_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        in_buckets(shop(), tmp_path)
+    assert (tmp_path / "prepared.unfinished" / "pieces").is_dir()
+    monkeypatch.undo()
+    changed = shop({"spent": [9.0, None, 3.0, 0.0, 1.0]})
+    prepare_in_buckets(changed, tmp_path / "prepared", "other contents", BUCKETS)
+    assert_same(prepare(changed), PreparedDataset.load(tmp_path / "prepared"))
+    assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
+
+
+def test_the_number_of_buckets_follows_from_the_log_and_the_memory(caplog):
+    dataset = small_dataset()
+    assert number_of_buckets(dataset) == 1
+    # 240 rows of 14 slots and 1 negative, 920 bytes each, are 221 KB.
+    assert number_of_buckets(dataset, 1) == 1
+    large = Dataset.from_frame(pl.concat([small_log()[0]] * 50), SMALL, items=small_log()[1])
+    assert number_of_buckets(large, 1) == 12_000 * 920 // (2**20 // 4 // 8) + 1
+    assert number_of_buckets(large, 16) == 12_000 * 920 // (4 * 2**20 // 8) + 1
+    assert number_of_buckets(large, 1024) == 1
+    without_items = {"keys.item": None, "keys.item_name": None, "tables": None, "negatives": None, "groups": None}
+    kept = ("user", "age", "country", "clicks")
+    removed = {f"features.{name}": None for name in SMALL["features"] if name not in kept}
+    column = {"features.item": {"tower": "item", "encode": "vocabulary"}}
+    assert number_of_buckets(large.replace(without_items | removed | column), 1) == 1
+    assert "the log is prepared in memory" in caplog.text
