@@ -27,12 +27,18 @@ TRAIN = (
 MAKE = """
 from pathlib import Path
 
-from tests.small import SMALL, small_toml
+import polars as pl
+
+from tests.small import SMALL, small_log, small_toml
 
 kept = ("user", "age", "clicks", "recent_items", "item", "tags")
 SMALL["features"] = {name: SMALL["features"][name] for name in kept}
 SMALL["groups"] = {"tags": SMALL["groups"]["tags"]}
 small_toml(Path("shop"))
+# A log that takes more than a MiB allows.
+small_toml(Path("many"))
+log = small_log()[0]
+pl.concat([log, log.with_columns(pl.col("user") + 100)]).write_parquet("many/log.parquet")
 """
 # Measured, so different each time.
 _SPEED = "examples_per_second"
@@ -51,6 +57,7 @@ class Stage(NamedTuple):
 
 STAGES = {
     "prepare": Stage(("prepare", "--data", "shop/small.toml")),
+    "prepare in buckets": Stage(("prepare", "--data", "many/small.toml", "--memory_mb", "1")),
     "train": Stage(TRAIN, ("train", "--resume", "runs/r")),
     "export": Stage(("export", "runs/r")),
     "profile": Stage(("profile", "runs/r")),
@@ -65,23 +72,19 @@ class Workshop:
         self.operations: dict[str, int] = {}
         self._wanted: dict[str, dict[str, Any]] = {}
         self._number = 0
-        current = folder / "prepare"
-        current.mkdir()
+        first = folder / "prepare"
+        first.mkdir()
         (folder / "make.py").write_text(MAKE)
-        assert nursery.run(current, "python", str(folder / "make.py")).status == 0
+        assert nursery.run(first, "python", str(folder / "make.py")).status == 0
+        shutil.copytree(first, folder / "prepare in buckets")
         for name, stage in STAGES.items():
-            done = folder / f"{name}-done"
-            shutil.copytree(current, done)
+            done = shutil.copytree(folder / name, folder / f"{name}-done")
             ended = nursery.run(done, *stage.command)
             assert ended.status == 0, ended.errors
             self.operations[name] = len(ended.operations)
             self._wanted[name] = outcome(done)
-            following = {"prepare": "train", "train": "export", "export": None, "profile": None}[name]
-            if following:
-                current = done
-                shutil.copytree(current, folder / following)
-        # The same run.
-        shutil.copytree(folder / "export", folder / "profile", dirs_exist_ok=True)
+            for following in {"prepare": ("train",), "train": ("export", "profile")}.get(name, ()):
+                shutil.copytree(done, folder / following)
 
     @functools.cached_property
     def finished(self) -> Path:
