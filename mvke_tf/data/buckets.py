@@ -280,12 +280,17 @@ class _Preparation:
             if position is not None:
                 span = slice(self._starts[number], self._starts[number + 1])
                 parts[position[span]] = np.load(self._piece(number) / "parts.npy")
-        item = np.concatenate([self._columns(number, "item")[0].astype(np.int32) for number in numbers])
-        time = None
+        ends = np.cumsum(interactions)
+        spans = [slice(end - size, end) for end, size in zip(ends.tolist(), interactions, strict=True)]
+        item, time = np.empty(sum(interactions), np.int32), None
         if self.log.time is not None and needs_moments(self.rows(0)):
-            time = np.concatenate([self._columns(number, "time")[0] for number in numbers])
+            time = np.empty(len(item), np.int64)
+        for number, span in enumerate(spans):
+            item[span] = self._columns(number, "item")[0]
+            if time is not None:
+                time[span] = self._columns(number, "time")[0]
         items, item_row, catalogue = items_of(self.log, features, parts, item, time)
-        return items, np.split(item_row.astype(np.int32), np.cumsum(interactions)[:-1]), catalogue
+        return items, np.split(item_row.astype(np.int32, copy=False), ends[:-1]), catalogue
 
     def _learn(
         self,
