@@ -77,6 +77,15 @@ def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+def discard(folder: Path) -> None:
+    """Deletes a folder at once: a process that is killed meanwhile leaves what the next write beside it clears away."""
+    aside = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-{_host()}-", dir=folder.parent)
+    try:
+        os.replace(folder, Path(aside) / folder.name)
+    finally:
+        shutil.rmtree(aside)
+
+
 def _sync(path: Path) -> None:
     for entry in (path, *path.rglob("*")) if path.is_dir() else (path,):
         _sync_entry(entry)

@@ -3,9 +3,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from mvke_tf import io
 from mvke_tf.errors import ConfigError, DataError
 from mvke_tf.io import atomic_write, csv_safe, read_json, remove_temporary, write_json
 
@@ -141,3 +143,18 @@ def test_no_cell_of_a_csv_is_a_formula_or_ends_its_row():
     cells = {"=1": "'=1", "\r=1": "'\n=1", "a\r=1": "a\n=1", "a\r\nb": "a\nb", "a=1": "a=1", "": "", "-x": "'-x"}
     assert {cell: csv_safe(cell) for cell in cells} == cells
     assert csv_safe(-1.5) == -1.5 and csv_safe(None) is None
+
+
+def test_a_folder_is_discarded_at_once(tmp_path, monkeypatch):
+    (tmp_path / "old" / "inner").mkdir(parents=True)
+    (tmp_path / "old" / "inner" / "file").write_text("x")
+    seen = []
+    monkeypatch.setattr(io.shutil, "rmtree", lambda path: seen.append((Path(path), (tmp_path / "old").exists())))
+    io.discard(tmp_path / "old")
+    ((aside, was_there),) = seen
+    assert not was_there and (aside / "old" / "inner" / "file").is_file()
+    # As a killed process leaves it: the next write beside it clears it away, once that process is gone.
+    monkeypatch.undo()
+    monkeypatch.setattr(io, "process_exists", lambda pid: False)
+    io.remove_temporary(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -50,7 +50,7 @@ from mvke_tf.data.scatter import Buckets, scatter
 from mvke_tf.data.store import EntityTable, PreparedDataset, bucket_name
 from mvke_tf.data.tables import ITEMS, LOG, USERS, named_sources, names_the_declaration
 from mvke_tf.errors import DataError, MvkeError
-from mvke_tf.io import atomic_write, read_json, try_lock, write_json
+from mvke_tf.io import atomic_write, discard, read_json, try_lock, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def prepare_in_buckets(dataset: Dataset, folder: Path, fingerprint: str, buckets
         DataError: If the tables cannot be read or do not fit the declaration, or another process is at it.
         DeclarationError: See `mvke_tf.data.preparation.prepare`.
     """
-    work = folder.with_name(folder.name + ".unfinished")
+    work = _unfinished(folder)
     work.mkdir(parents=True, exist_ok=True)
     with open(work / ".lock", "a", encoding="utf-8") as lock:
         if not try_lock(lock):
@@ -138,9 +138,22 @@ def prepare_in_buckets(dataset: Dataset, folder: Path, fingerprint: str, buckets
             _Preparation(dataset, work, buckets).run(folder, fingerprint)
         except MvkeError:
             # Tables or declaration have to change first.
-            shutil.rmtree(work)
+            discard(work)
             raise
-    shutil.rmtree(work)
+        discard(work)
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".unfinished")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a process that was killed at its very end has left beside a prepared dataset."""
+    work = _unfinished(folder)
+    if work.is_dir():
+        with open(work / ".lock", "a", encoding="utf-8") as lock:
+            if try_lock(lock):
+                discard(work)
 
 
 class _Preparation:

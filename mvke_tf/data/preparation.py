@@ -76,13 +76,14 @@ def prepared_dataset(
     digests = files.Digests(parent / "digests.json")
     found = fingerprint(dataset, digests)
     folder = parent / f"{dataset.name}-{digest(dataset, found)[:12]}"
+    from mvke_tf.data.buckets import number_of_buckets, prepare_in_buckets, remove_unfinished
+
     if folder.is_dir() and not overwrite:
+        remove_unfinished(folder)
         prepared = PreparedDataset.load(folder)
         logger.info("%s is prepared already.", folder)
         digests.save()
         return prepared
-    from mvke_tf.data.buckets import number_of_buckets, prepare_in_buckets
-
     buckets = number_of_buckets(dataset, memory_mb)
     if buckets > 1:
         prepare_in_buckets(dataset, folder, found, buckets)

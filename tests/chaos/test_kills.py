@@ -21,7 +21,7 @@ def workshop(tmp_path_factory):
 
 # How often what is done to which command.
 SAMPLE = {
-    "kill": {"prepare": 8, "prepare in buckets": 4, "train": 1, "export": 1, "profile": 4},
+    "kill": {"prepare": 8, "prepare in buckets": 8, "train": 1, "export": 1, "profile": 4},
     "full_disk": {"prepare": 2, "prepare in buckets": 2, "profile": 1},
     "read_only": {"prepare": 1, "profile": 1},
     "two_writers": {"prepare": 2, "prepare in buckets": 2, "profile": 1},

@@ -2,8 +2,6 @@
 """A log that is prepared in buckets of its users: the same rows, values and encoder as in memory."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +13,8 @@ from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.preparation import prepare
 from mvke_tf.data.store import EntityTable, PreparedDataset
 from mvke_tf.errors import DataError
-from mvke_tf.io import checksums
-from tests.conftest import REPOSITORY
 from tests.data.test_preparation import shop
-from tests.small import SMALL, small_dataset, small_log, small_toml
+from tests.small import SMALL, small_dataset, small_log
 
 BUCKETS = 7
 
@@ -192,45 +188,6 @@ def test_errors_name_the_row(tmp_path):
         messages.append(str(error.value))
     assert messages[0] == messages[1]
     assert not list(tmp_path.glob("*.unfinished"))
-
-
-# Dies at the third of its renames, while what was to be renamed is complete.
-DYING = """
-import os, sys
-from pathlib import Path
-from mvke_tf.data.buckets import prepare_in_buckets
-from mvke_tf.data.declaration import Dataset
-
-replace, left = os.replace, [3]
-
-def dying(*paths):
-    left[0] -= 1
-    if not left[0]:
-        os._exit(9)
-    replace(*paths)
-
-os.replace = dying
-prepare_in_buckets(Dataset.from_toml(Path(sys.argv[1])), Path(sys.argv[2]), "contents", 4)
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path):
-    declaration = small_toml(tmp_path)
-    dataset, unbroken, killed = Dataset.from_toml(declaration), tmp_path / "unbroken", tmp_path / "killed"
-    prepare_in_buckets(dataset, unbroken, "contents", 4)
-    deaths = 0
-    while not killed.is_dir():
-        process = subprocess.run(
-            [sys.executable, "-c", DYING, declaration, killed], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
-        )
-        assert process.returncode in (0, 9), process.stderr
-        deaths += process.returncode == 9
-    assert deaths >= 4
-    assert checksums(killed) == checksums(unbroken)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("items.parquet", "killed", "log.parquet", "small.toml", "unbroken")
-    ]
 
 
 def test_what_is_unfinished_of_other_data_is_not_gone_on_with(tmp_path, monkeypatch):
