@@ -147,6 +147,13 @@ def _unfinished(folder: Path) -> Path:
     return folder.with_name(folder.name + ".unfinished")
 
 
+def name_unfinished(folder: Path, name: str) -> None:
+    """Says which preparations of a dataset of this name, but for that of `folder`, lie beside it and take space."""
+    for work in sorted(folder.parent.glob(f"{name}-*.unfinished")):
+        if work != _unfinished(folder):
+            logger.info("%s: an interrupted preparation of other tables. Delete it to free its space.", work)
+
+
 def remove_unfinished(folder: Path) -> None:
     """Removes what a process that was killed at its very end has left beside a prepared dataset."""
     work = _unfinished(folder)

@@ -76,8 +76,9 @@ def prepared_dataset(
     digests = files.Digests(parent / "digests.json")
     found = fingerprint(dataset, digests)
     folder = parent / f"{dataset.name}-{digest(dataset, found)[:12]}"
-    from mvke_tf.data.buckets import number_of_buckets, prepare_in_buckets, remove_unfinished
+    from mvke_tf.data.buckets import name_unfinished, number_of_buckets, prepare_in_buckets, remove_unfinished
 
+    name_unfinished(folder, dataset.name)
     if folder.is_dir() and not overwrite:
         remove_unfinished(folder)
         prepared = PreparedDataset.load(folder)

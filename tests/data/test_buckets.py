@@ -10,11 +10,12 @@ import pytest
 
 from mvke_tf.data.buckets import number_of_buckets, prepare_in_buckets
 from mvke_tf.data.declaration import Dataset
-from mvke_tf.data.preparation import prepare
+from mvke_tf.data.preparation import prepare, prepared_dataset
 from mvke_tf.data.store import EntityTable, PreparedDataset
 from mvke_tf.errors import DataError
+from mvke_tf.io import try_lock
 from tests.data.test_preparation import shop
-from tests.small import SMALL, small_dataset, small_log
+from tests.small import SMALL, small_dataset, small_log, small_toml
 
 BUCKETS = 7
 
@@ -220,3 +221,22 @@ def test_the_number_of_buckets_follows_from_the_log_and_the_memory(caplog):
     column = {"features.item": {"tower": "item", "encode": "vocabulary"}}
     assert number_of_buckets(large.replace(without_items | removed | column), 1) == 1
     assert "the log is prepared in memory" in caplog.text
+
+
+def test_what_a_killed_process_left_is_removed_or_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("mvke_tf.data.buckets.number_of_buckets", lambda dataset, memory_mb: 4)
+    dataset = Dataset.from_toml(small_toml(tmp_path))
+    folder = prepared_dataset(dataset, tmp_path).folder
+    own, other = (folder.with_name(f"{name}.unfinished") for name in (folder.name, "small-0123456789ab"))
+    for work in (own, other):
+        (work / "pieces").mkdir(parents=True)
+    with caplog.at_level("INFO", "mvke_tf"), open(own / ".lock", "a") as lock:
+        assert try_lock(lock)
+        prepared_dataset(dataset, tmp_path)
+        # Another process is at it.
+        assert own.is_dir()
+    assert [record.getMessage() for record in caplog.records if "interrupted" in record.getMessage()] == [
+        f"{other}: an interrupted preparation of other tables. Delete it to free its space."
+    ]
+    prepared_dataset(dataset, tmp_path)
+    assert not own.exists() and other.is_dir()
