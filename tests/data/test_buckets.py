@@ -72,6 +72,20 @@ DATASETS = {
     "split per user": lambda: small_dataset(**{"split.by": "per_user", "negatives": None}),
     "split at random": lambda: small_dataset(**{"split.by": "random"}),
     "split by hash": lambda: small_dataset(**{"split.by": "hash"}),
+    "split by hash of a column": lambda: small_dataset(**{"split": {"by": "hash", "column": "country"}}),
+    "split by a column": lambda: small_dataset(
+        **{
+            "split": {
+                "by": "column",
+                "column": "item",
+                **{
+                    part: [f"i{item:02d}" for item in range(first, last)]
+                    for part, first, last in (("train", 1, 20), ("validation", 20, 25), ("test", 25, 31))
+                },
+            },
+            "negatives": None,
+        }
+    ),
     "split by moments": lambda: small_dataset(
         **{"split": {"by": "time", "validation": 1_700_020_000, "test": 1_700_026_000}}
     ),
@@ -175,6 +189,21 @@ def test_how_a_column_is_read_depends_on_every_cell_of_it(tmp_path, caplog, last
     assert whole.encoder.raw_inputs("item")["item"][0] == ("int64" if last_item == "9" else "string")
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == warnings
     assert any(text.startswith("1 of the 8 users of the log are not in users.csv") for text in warnings)
+
+
+def test_a_split_by_files(tmp_path):
+    written(tmp_path)
+    header, *rows = (tmp_path / "b.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "b.csv").write_text(header + "".join(rows[:15]), encoding="utf-8")
+    (tmp_path / "c.csv").write_text(header + "".join(rows[15:]), encoding="utf-8")
+    parts = {"train": "a.csv", "validation": "b.csv", "test": "c.csv"}
+    values = copy.deepcopy(LISTS) | {"split": {"by": "files", **parts}}
+    del values["source"]["path"]
+    dataset = Dataset.from_dict(values, tmp_path)
+    whole = prepare(dataset)
+    assert np.bincount(whole.split, minlength=3).tolist() == [25, 15, 20]
+    (tmp_path / "other").mkdir()
+    assert_same(whole, in_buckets(dataset, tmp_path / "other"))
 
 
 def test_errors_name_the_row(tmp_path):
