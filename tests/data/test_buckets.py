@@ -90,6 +90,16 @@ DATASETS = {
         **{"split": {"by": "time", "validation": 1_700_020_000, "test": 1_700_026_000}}
     ),
     "shop": lambda: shop(),
+    "other encodings": lambda: small_dataset(
+        **{
+            "features.country": {"tower": "user", "encode": "hash", "bins": 7},
+            "features.age": {"tower": "user", "encode": "number", "scaling": "standard"},
+            "features.mean_stars": {"tower": "user", "encode": "number", "boundaries": [2, 3], "scaling": "piecewise"},
+            "features.mean_stars.history": {"mean": "stars"},
+            "features.years": {"tower": "user", "encode": "integer", "column": "age", "bins": 60},
+            "groups": None,
+        }
+    ),
     "statistics at each moment": lambda: small_dataset(
         **{
             "features.popularity.statistic": {"count": True, "until": "row", "half_life": "2h"},
