@@ -601,12 +601,6 @@ class Learner:
             if feature.embedding is None and _has_state(feature):
                 yield feature, listed
 
-    def columns(self, tower: str) -> list[str]:
-        """Names of the raw columns of a tower that something is learned from."""
-        learned = [listed or feature for feature, listed in self._learned() if _is_fitted(feature)]
-        of_tower = [feature for feature in learned if feature.tower == tower]
-        return list(dict.fromkeys(name for feature in of_tower for name in feature.raw_inputs))
-
     def add(
         self,
         tower: str,
