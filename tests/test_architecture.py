@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 # The six floors from the ground up. Rooms of one step do not import one another; a floor may have a few steps.
 FLOORS = (
     (1, {"errors"}),
-    (1, {"config", "io"}),
+    (1, {"config", "engine", "io"}),
     (1, {"schema"}),
     (2, {"layers", "losses", "metrics"}),
     (2, {"figures"}),

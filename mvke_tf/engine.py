@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that work on independent pieces: those of this machine, or of a Ray cluster. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol, TypeVar
+
+from mvke_tf.errors import ConfigError, MvkeError, require_extra
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("local", "ray")
+# How often an item is begun again after its process has been killed.
+RETRIES = 3
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class EngineError(MvkeError):
+    """Worker processes that do not stay alive."""
+
+
+class Engine:
+    """Does independent pieces of work, several at a time; closes its processes at the end of a `with` block.
+
+    Args:
+        kind: `"local"`, processes of this machine, which is this process itself with one worker; or `"ray"`, tasks of
+            the Ray cluster that this process is connected to, that `RAY_ADDRESS` names or that runs here, and else of
+            one that is started here and lasts as long as the engine. All machines must see the same files.
+        workers: How many pieces are worked on at a time.
+
+    Raises:
+        ConfigError: If there is no such engine, or no worker.
+        MissingExtraError: If Ray is not installed.
+    """
+
+    def __init__(self, kind: str = "local", workers: int = 1) -> None:
+        if kind not in ENGINES:
+            raise ConfigError(f"The engine must be one of {ENGINES}. Received: {kind!r}")
+        if workers < 1:
+            raise ConfigError(f"Expected at least one worker. Received: {workers}")
+        if kind == "ray":
+            require_extra("ray", "ray")
+        self.kind, self.workers = kind, workers
+        self._pool: _Pool | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this process does all the work."""
+        return self.kind == "local" and self.workers == 1
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all processes; the next call starts others."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """The results of the items in their order, while later ones are worked on.
+
+        An item whose process is killed is begun again. What is unfinished when a result is an error, or nobody asks
+        for the next one, ends at once.
+
+        Args:
+            function: Pickled once; a process has one copy for all of its items, which may keep what it has opened.
+            items: What it is called with.
+
+        Raises:
+            EngineError: If processes are killed again and again.
+            Exception: What the function raises for the first item for which it does.
+        """
+        if self.is_alone:
+            yield from map(function, items)
+            return
+        if self._pool is None:
+            self._pool = _RayTasks() if self.kind == "ray" else _Processes()
+        pool, left, order = self._pool, iter(items), collections.deque[Any]()
+        # Read in this order: a backend is chosen when it is first imported.
+        pool.begin(pickle.dumps((_environment(), pickle.dumps(function))))
+        running: set[Any] = set()
+        done = False
+        try:
+            while True:
+                # Of results that wait for an earlier one there are never more than workers.
+                while not done and len(running) < self.workers and len(order) < 2 * self.workers:
+                    for item in left:
+                        order.append(pool.start(item))
+                        running.add(order[-1])
+                        break
+                    else:
+                        done = True
+                if not order:
+                    break
+                if order[0] in running:
+                    running -= pool.wait(running)
+                else:
+                    yield pool.result(order.popleft())
+        except BaseException:
+            self.close()
+            raise
+
+
+class _Pool(Protocol):
+    """Where work is done: `start` returns a handle for an item of the function that `begin` has been given."""
+
+    def begin(self, function: bytes) -> None: ...
+
+    def start(self, item: Any) -> Any: ...
+
+    def wait(self, running: Collection[Any]) -> set[Any]:
+        """Those of the handles, at least one, that are finished."""
+
+    def result(self, handle: Any) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+def _environment() -> dict[str, str]:
+    """What workers have in theirs: the backend of this process, and no GPU, of which each would take all memory."""
+    shared = {name: os.environ[name] for name in ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL") if name in os.environ}
+    return shared | {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
+
+
+@functools.lru_cache(maxsize=1)
+def _unpickled(function: bytes) -> Callable[[Any], Any]:
+    environment, pickled = pickle.loads(function)
+    os.environ.update(environment)
+    # What there is to say of all items, the process that asks for them says.
+    logging.getLogger(__package__).setLevel(logging.ERROR)
+    return pickle.loads(pickled)
+
+
+def _work(function: bytes, item: Any) -> Any:
+    return _unpickled(function)(item)
+
+
+def _killed(how: str) -> EngineError:
+    return EngineError(
+        f"A worker process has been killed {RETRIES + 1} times at the same work ({how}), perhaps for lack of memory. "
+        "Give fewer workers, or a smaller `memory_mb`. (A script of your own needs its calls below "
+        '`if __name__ == "__main__":`, because workers import it.)'
+    )
+
+
+# Processes of this machine
+
+
+def _serve(connection: Connection) -> None:
+    """Answers items until the process that sends them ends."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise ValueError("Expected a process that another one has started")
+    ended = parent.sentinel
+    threading.Thread(target=lambda: wait([ended]) and os._exit(1), daemon=True).start()
+    # Libraries write there as they start; what fails is sent.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    function = b""
+    while True:
+        sent, item = connection.recv()
+        function = sent or function
+        try:
+            answer = pickle.dumps((True, _work(function, item)), pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            answer = pickle.dumps((False, _that_can_be_sent(error)))
+        connection.send_bytes(answer)
+
+
+def _that_can_be_sent(error: Exception) -> Exception:
+    text = "".join(traceback.format_exception(error))
+    error.add_note(f"In a worker process:\n{text}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        # Those of other libraries may be made of other things than they hold.
+        return RuntimeError(text)
+    return error
+
+
+class _Worker:
+    """A process and the connection to it."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._function = b""
+        # Ctrl-C goes to all processes of a terminal; this one ends the others.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+
+    def send(self, function: bytes, item: Any) -> None:
+        # A process that is no more shows when it is asked for the answer.
+        with contextlib.suppress(OSError):
+            self.connection.send((None if function is self._function else function, item))
+        self._function = function
+
+    def kill(self) -> int | None:
+        """Ends the process; returns how it ended."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        return self.process.exitcode
+
+
+class _Job:
+    """An item, who does it, and at last whether it was done, and its result or error."""
+
+    def __init__(self, item: Any, worker: _Worker) -> None:
+        self.item, self.worker, self.retries = item, worker, 0
+        self.answer: tuple[bool, Any] = (False, None)
+
+
+class _Processes:
+    """Processes of this machine, which are started when they are needed."""
+
+    def __init__(self) -> None:
+        self._function = b""
+        self._workers: list[_Worker] = []
+        self._idle: list[_Worker] = []
+
+    def begin(self, function: bytes) -> None:
+        self._function = function
+
+    def start(self, item: Any) -> _Job:
+        job = _Job(item, self._idle.pop() if self._idle else self._new())
+        job.worker.send(self._function, item)
+        return job
+
+    def _new(self) -> _Worker:
+        self._workers.append(_Worker())
+        return self._workers[-1]
+
+    def wait(self, running: Collection[_Job]) -> set[_Job]:
+        while True:
+            ready = wait([job.worker.connection for job in running])
+            done = {job for job in running if job.worker.connection in ready and self._is_done(job)}
+            if done:
+                return done
+
+    def _is_done(self, job: _Job) -> bool:
+        try:
+            answer = job.worker.connection.recv_bytes()
+        except (EOFError, OSError):
+            self._workers.remove(job.worker)
+            code = job.worker.kill()
+            job.retries += 1
+            if job.retries > RETRIES:
+                job.answer = (False, _killed(f"exit code {code}"))
+                return True
+            logger.warning("A worker process has been killed (exit code %s); another one does its work.", code)
+            job.worker = self._new()
+            job.worker.send(self._function, job.item)
+            return False
+        job.answer = pickle.loads(answer)
+        self._idle.append(job.worker)
+        return True
+
+    def result(self, job: _Job) -> Any:
+        done, result = job.answer
+        if not done:
+            raise result
+        return result
+
+    def close(self) -> None:
+        while self._workers:
+            self._workers.pop().kill()
+        self._idle.clear()
+
+
+# Ray
+
+
+class _RayTasks:
+    """Tasks of a Ray cluster."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._ray = ray
+        self._started = not ray.is_initialized()
+        if self._started:
+            # Connects to a cluster that is there.
+            ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+        self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(_work)
+        self._function: Any = None
+        self._running: set[Any] = set()
+
+    def begin(self, function: bytes) -> None:
+        self._function = self._ray.put(function)
+
+    def start(self, item: Any) -> Any:
+        task = self._task.remote(self._function, item)
+        self._running.add(task)
+        return task
+
+    def wait(self, running: Collection[Any]) -> set[Any]:
+        done = set(self._ray.wait(list(running))[0])
+        self._running -= done
+        return done
+
+    def result(self, task: Any) -> Any:
+        try:
+            return self._ray.get(task)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except (self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.OutOfMemoryError) as error:
+            raise _killed(type(error).__name__) from error
+
+    def close(self) -> None:
+        for task in self._running:
+            self._ray.cancel(task, force=True)
+        # What is left behind must no longer write.
+        if self._running:
+            self._ray.wait(list(self._running), num_returns=len(self._running), timeout=60)
+        if self._started:
+            self._ray.shutdown()

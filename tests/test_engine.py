@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work that is spread over processes, of this machine and of Ray: its order, its errors and what a killed one costs."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from mvke_tf.engine import RETRIES, Engine, EngineError
+from mvke_tf.errors import ConfigError, DataError, MvkeError
+
+
+class Counted:
+    """Returns its process, how many items it has had in it, and the square of the item."""
+
+    def __init__(self, slow: int = -1) -> None:
+        self.slow, self.calls = slow, 0
+
+    def __call__(self, item: int) -> tuple[int, int, int]:
+        self.calls += 1
+        time.sleep(0.3 if item == self.slow else 0)
+        return os.getpid(), self.calls, item**2
+
+
+def refuse(item: int) -> int:
+    if item > 1:
+        raise DataError(f"item {item}: expected at most 1")
+    return item
+
+
+class DieOnce:
+    """Kills its own process the first time that it gets item 2; an item that had been begun comes back negative."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, item: int) -> int:
+        begun = self.folder / str(item)
+        if begun.exists():
+            return -item
+        begun.touch()
+        if item == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+
+def die(item: int) -> None:
+    os._exit(7)
+
+
+class Unlike(Exception):
+    """An error that cannot be made of what it holds."""
+
+    def __init__(self, left: int, right: int) -> None:
+        super().__init__(f"{left} is not {right}")
+
+
+def differ(item: int) -> None:
+    raise Unlike(item, 2)
+
+
+@pytest.fixture(scope="module", params=["local", "ray"])
+def engine(request):
+    with Engine(request.param, 2) as engine:
+        yield engine
+
+
+def test_one_worker_is_this_process():
+    with Engine() as engine:
+        assert engine.is_alone
+        assert list(engine.map(Counted(), range(3))) == [(os.getpid(), 1, 0), (os.getpid(), 2, 1), (os.getpid(), 3, 4)]
+
+
+@pytest.mark.parametrize("arguments", [("spark",), ("local", 0)])
+def test_engines_that_are_none(arguments):
+    with pytest.raises(ConfigError, match="Received: "):
+        Engine(*arguments)
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.setattr("mvke_tf.errors.find_spec", lambda name: None)
+    with pytest.raises(MvkeError, match=r"mvke_tf\[ray\]"):
+        Engine("ray", 2)
+
+
+@pytest.mark.slow
+def test_results_come_in_the_order_of_the_items(engine):
+    processes, calls, squares = zip(*engine.map(Counted(slow=1), range(20)), strict=True)
+    assert list(squares) == [item**2 for item in range(20)]
+    assert os.getpid() not in processes and 1 <= len(set(processes)) <= 2
+    # A process has one copy of the function for all of its items.
+    for process in set(processes):
+        of_process = [call for which, call in zip(processes, calls, strict=True) if which == process]
+        assert sorted(of_process) == list(range(1, len(of_process) + 1))
+    assert list(engine.map(Counted(), [])) == []
+
+
+@pytest.mark.slow
+def test_errors_are_those_of_the_first_item(engine):
+    found = []
+    with pytest.raises(DataError, match=r"^item 2: expected at most 1\b"):
+        found.extend(engine.map(refuse, range(9)))
+    assert len(found) <= 2
+    with pytest.raises(Exception, match="1 is not 2"):
+        list(engine.map(differ, [1]))
+    # It goes on working.
+    assert list(engine.map(refuse, [1])) == [1]
+
+
+@pytest.mark.slow
+def test_the_item_of_a_killed_process_is_begun_again(engine, tmp_path):
+    assert list(engine.map(DieOnce(tmp_path), range(5))) == [0, 1, -2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_always(engine):
+    with pytest.raises(EngineError, match=f"killed {RETRIES + 1} times.*Give fewer workers"):
+        list(engine.map(die, [0]))
+
+
+@pytest.mark.slow
+def test_nobody_asks_for_more(engine):
+    results = engine.map(Counted(), range(100))
+    first = next(results)
+    results.close()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(600):
+            os.kill(first[0], 0)
+            time.sleep(0.1)
