@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mvke_tf.config import CHOICES, MOST_BATCH, OLD_NAMES, SECTIONS, RunConfig, entry_type, nearest, renamed
+from mvke_tf.engine import ENGINES, Engine
 from mvke_tf.errors import ConfigError, MvkeError, RunError, require_extra
 
 LOGGER = logging.getLogger(__name__)
@@ -445,12 +446,14 @@ def _declares(path: Path) -> bool:
     return {"source", "features", "tasks"} <= values.keys()
 
 
-def prepared_of(args: argparse.Namespace, overwrite: bool = False, memory_mb: int | None = None) -> Any:
+def prepared_of(
+    args: argparse.Namespace, overwrite: bool = False, memory_mb: int | None = None, engine: Engine | None = None
+) -> Any:
     """The prepared dataset of a command line with the options of `add_data`."""
     from mvke_tf.data.preparation import prepared_dataset
     from mvke_tf.run_folder import RunFolder
 
-    prepared = prepared_dataset(_dataset(args), args.data_dir, overwrite, memory_mb)
+    prepared = prepared_dataset(_dataset(args), args.data_dir, overwrite, memory_mb, engine)
     run = RunFolder(Path(args.data))
     if run.has_data and prepared.fingerprint != run.data["fingerprint"]:
         LOGGER.warning(
@@ -550,15 +553,30 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory_mb",
         type=positive_int,
-        help="memory that it may take, in MiB; a log that takes more is prepared, and then read, in buckets of its "
-        "users (default: half of the machine's)",
+        help="memory that it may take, in MiB, each worker as much; a log that takes more is prepared, and then read, "
+        "in buckets of its users (default: half of the machine's)",
+    )
+    _add_engine(parser, "prepare buckets")
+
+
+def _add_engine(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--workers", type=positive_int, default=1, help=f"processes that {what} (default: 1, this process)"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="where they run: local, on this machine, or ray, in the cluster that RAY_ADDRESS names, else on this one; "
+        "all machines must see the same files (extra ray; default: local)",
     )
 
 
 def _prepare(args: argparse.Namespace) -> None:
     """Reads, splits and encodes a dataset once, for all models."""
     import_tensorflow()
-    prepared = prepared_of(args, args.overwrite, args.memory_mb)
+    with Engine(args.engine, args.workers) as engine:
+        prepared = prepared_of(args, args.overwrite, args.memory_mb, engine)
     print(f"Prepared: {prepared.folder}")
     _say_next(("train", "--data", args.data))
 

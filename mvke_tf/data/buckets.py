@@ -6,12 +6,13 @@ the whole log memory holds what takes a few bytes per row: moments, items and pl
 columns of the statistics of items while these are made, and the numbers of one feature while its bounds are found.
 
 Every step writes a folder or a file that appears when it is complete, so that an interrupted preparation goes on with
-what it has, and ends with the same bytes.
+what it has, and ends with the same bytes. What is done bucket by bucket is done by the workers of an engine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -49,6 +50,7 @@ from mvke_tf.data.preparation import (
 from mvke_tf.data.scatter import Buckets, scatter
 from mvke_tf.data.store import EntityTable, PreparedDataset, bucket_name
 from mvke_tf.data.tables import ITEMS, LOG, USERS, named_sources, names_the_declaration
+from mvke_tf.engine import Engine
 from mvke_tf.errors import DataError, MvkeError
 from mvke_tf.io import atomic_write, discard, read_json, try_lock, write_json
 
@@ -107,7 +109,9 @@ def _machine_memory() -> int:
 
 
 @names_the_declaration
-def prepare_in_buckets(dataset: Dataset, folder: Path, fingerprint: str, buckets: int) -> None:
+def prepare_in_buckets(
+    dataset: Dataset, folder: Path, fingerprint: str, buckets: int, engine: Engine | None = None
+) -> None:
     """Prepares a dataset bucket by bucket, or goes on with that.
 
     Args:
@@ -116,9 +120,11 @@ def prepare_in_buckets(dataset: Dataset, folder: Path, fingerprint: str, buckets
             folder beside it, `<folder>.unfinished`.
         fingerprint: Digest of the contents of the tables.
         buckets: How many.
+        engine: Who prepares them; by default this process.
 
     Raises:
         DataError: If the tables cannot be read or do not fit the declaration, or another process is at it.
+        EngineError: If workers are killed again and again.
         DeclarationError: See `mvke_tf.data.preparation.prepare`.
     """
     work = _unfinished(folder)
@@ -135,7 +141,7 @@ def prepare_in_buckets(dataset: Dataset, folder: Path, fingerprint: str, buckets
             write_json(about, made_of)
         logger.info("Preparing %s in %d buckets of users in %s ...", dataset.name, buckets, work)
         try:
-            _Preparation(dataset, work, buckets).run(folder, fingerprint)
+            _Preparation.begin(dataset, work, buckets).run(folder, fingerprint, engine or Engine())
         except MvkeError:
             # Tables or declaration have to change first.
             discard(work)
@@ -164,28 +170,42 @@ def remove_unfinished(folder: Path) -> None:
 
 
 class _Preparation:
-    """The steps of a preparation in buckets.
+    """The steps of a preparation in buckets; in a worker, which opens what is in the folder, those of one bucket.
 
     Args:
         dataset: The declaration.
-        work: The folder for what is written meanwhile.
-        number: How many buckets; those without a row are left out.
+        work: The folder for what is written meanwhile, in which the log lies in buckets and is ordered.
     """
 
-    def __init__(self, dataset: Dataset, work: Path, number: int) -> None:
+    def __init__(self, dataset: Dataset, work: Path) -> None:
         self.dataset, self.work = dataset, work
-        size = named_sources(dataset)[0][LOG].size()
-        if not (work / "tables").is_dir():
-            with _bar("Spreading the log", size) as done:
-                scatter(dataset, work / "tables", number, done)
         self.buckets = Buckets(dataset, work / "tables")
-        if not (work / "order").is_dir():
-            with _bar("Ordering its rows", sum(self.buckets.rows)) as done:
-                _order(self.buckets, work / "order", done)
         self._order = read_json(work / "order" / "order.json")
         self._starts = np.concatenate([[0], np.cumsum(self.buckets.rows)])
-        self.log = Log(
-            dataset,
+
+    @classmethod
+    def begin(cls, dataset: Dataset, work: Path, number: int) -> _Preparation:
+        """Spreads the log over buckets and orders it; buckets without a row are left out."""
+        if not (work / "tables").is_dir():
+            with _bar("Spreading the log", named_sources(dataset)[0][LOG].size()) as done:
+                scatter(dataset, work / "tables", number, done)
+        if not (work / "order").is_dir():
+            buckets = Buckets(dataset, work / "tables")
+            with _bar("Ordering its rows", sum(buckets.rows)) as done:
+                _order(buckets, work / "order", done)
+        return cls(dataset, work)
+
+    def __reduce__(self) -> tuple:
+        # Log and users are in buckets; workers may have another working directory.
+        frames = {name: frame if name == ITEMS else frame.clear() for name, frame in self.dataset.frames.items()}
+        dataset = dataclasses.replace(self.dataset, folder=self.dataset.folder.absolute(), frames=frames)
+        return type(self), (dataset, self.work.absolute())
+
+    @functools.cached_property
+    def log(self) -> Log:
+        """The whole log."""
+        return Log(
+            self.dataset,
             [functools.partial(self.rows, number) for number in range(len(self.buckets))],
             self._items(),
             self._ordered("time"),
@@ -211,10 +231,10 @@ class _Preparation:
         span = slice(self._starts[number], self._starts[number + 1])
         return Rows(self.dataset, self.buckets.tables(number), self.log.items, np.asarray(position[span]))
 
-    def run(self, folder: Path, fingerprint: str) -> None:
+    def run(self, folder: Path, fingerprint: str, engine: Engine) -> None:
         """Does what has not been done yet."""
         features = encoded_features(self.rows(0))
-        facts = self._make_pieces(features)
+        facts = self._make_pieces(features, engine)
         check_facts(self.dataset, facts)
         if facts["rows_without_negatives"] == len(self.log):
             raise DataError(
@@ -230,10 +250,11 @@ class _Preparation:
             occurring = np.unique(self.log.items.of_row).size
             warn_of_lacking(ITEMS, int((self.log.items.side_row < 0).sum()), occurring, self.buckets.items)
         items, item_rows, catalogue = self._make_items(features, facts["interactions"])
-        encoder = self._learn(features, facts, items, item_rows)
+        encoder = self._learn(features, facts, items, item_rows, engine)
         items = encoded(encoder, items)
+        self._encode(encoder, item_rows, facts, engine)
         with atomic_write(folder) as temporary:
-            self._write(temporary, folder, fingerprint, encoder, items, item_rows, catalogue, facts)
+            self._write(temporary, folder, fingerprint, encoder, items, catalogue, facts)
             if self.dataset.groups is not None:
                 # A group that cannot be made is known before anything is trained.
                 groups.groups(PreparedDataset.load(temporary).bucket(0))
@@ -241,18 +262,14 @@ class _Preparation:
     def _piece(self, number: int) -> Path:
         return self.work / "pieces" / bucket_name(number)
 
-    def _make_pieces(self, features: Mapping[str, EncodedFeature]) -> dict[str, Any]:
+    def _make_pieces(self, features: Mapping[str, EncodedFeature], engine: Engine) -> dict[str, Any]:
         """Makes the piece of each bucket; returns what is known of all of them together."""
-        every = []
+        every: list[dict[str, Any]] = []
         with _bar("Preparing", len(self.log)) as done:
-            for number in range(len(self.buckets)):
-                if not self._piece(number).is_dir():
-                    rows = self.rows(number)
-                    with atomic_write(self._piece(number)) as temporary:
-                        self._write_piece(temporary, Piece.of(rows, self.log, features), features)
-                every.append(read_json(self._piece(number) / "facts.json"))
-                done(self.buckets.rows[number])
-        facts: dict[str, Any] = {
+            for facts in engine.map(functools.partial(self._make_piece, features), range(len(self.buckets))):
+                done(self.buckets.rows[len(every)])
+                every.append(facts)
+        together: dict[str, Any] = {
             "parts": np.sum([one["parts"] for one in every], axis=0).tolist(),
             "rows_without_negatives": sum(one["rows_without_negatives"] for one in every),
             "lengths": every[0]["lengths"],
@@ -263,8 +280,15 @@ class _Preparation:
             of_task = [one["tasks"][task] for one in every]
             numbers = {name: sum(one[name] for one in of_task) for name in of_task[0] if name != "labels"}
             ends = [end for one in of_task for end in one["labels"] or ()]
-            facts["tasks"][task] = numbers | {"labels": [min(ends), max(ends)] if ends else None}
-        return facts
+            together["tasks"][task] = numbers | {"labels": [min(ends), max(ends)] if ends else None}
+        return together
+
+    def _make_piece(self, features: Mapping[str, EncodedFeature], number: int) -> dict[str, Any]:
+        if not self._piece(number).is_dir():
+            rows = self.rows(number)
+            with atomic_write(self._piece(number)) as temporary:
+                self._write_piece(temporary, Piece.of(rows, self.log, features), features)
+        return read_json(self._piece(number) / "facts.json")
 
     def _write_piece(self, folder: Path, piece: Piece, features: Mapping[str, EncodedFeature]) -> None:
         of_users = [features[feature.name] for feature in self.dataset.of_tower("user")]
@@ -318,30 +342,56 @@ class _Preparation:
         facts: Mapping[str, Any],
         items: EntityTable,
         item_rows: Sequence[np.ndarray],
+        engine: Engine,
     ) -> Encoder:
         learner = Learner(features_of_encoder(self.dataset, features))
-        of_users = [features[feature.name] for feature in self.dataset.of_tower("user")]
         item_counts = np.zeros(len(items.key), np.int64)
-        order = self._ordered("users")
-        start = 0
+        learn = functools.partial(self._learn_bucket, learner.features, facts, len(items.key))
         with _bar("Learning values", len(self.log)) as done:
-            for number, states in enumerate(facts["users"]):
-                user_row, split, sampled = self._columns(number, "user_row", "split", "sampled")
-                training = (split == 0) & ~sampled
-                counts = np.bincount(user_row[training], minlength=states)
-                item_counts += np.bincount(item_rows[number][training], minlength=len(items.key))
-                place = self._piece(number) / "users"
-                key = store.keys_columns(place, states).read("key")
-                # States are in the order of users; a user without a key is a row, whose number is its key.
-                user = key
-                if order is not None:
-                    user = order[start + np.concatenate([[0], np.cumsum(key[1:] != key[:-1])])]
-                start += facts["latest_users"][number]
-                raw = store.raw_columns(place, states, of_users, facts["lengths"])
-                learner.add("user", raw, np.flatnonzero(counts), counts, user)
+            for number, (of_bucket, counts) in enumerate(engine.map(learn, enumerate(item_rows))):
+                learner.join(of_bucket)
+                item_counts += counts
                 done(self.buckets.rows[number])
         learner.add("item", items.raw, np.flatnonzero(item_counts), item_counts)
         return learner.encoder()
+
+    def _learn_bucket(
+        self, features: Sequence[EncodedFeature], facts: Mapping[str, Any], items: int, bucket: tuple[int, np.ndarray]
+    ) -> tuple[Learner, np.ndarray]:
+        """What is learned from the users of a bucket, and the number of training rows of each item state in it."""
+        (number, item_row), learner, order = bucket, Learner(features), self._ordered("users")
+        states = facts["users"][number]
+        user_row, split, sampled = self._columns(number, "user_row", "split", "sampled")
+        training = (split == 0) & ~sampled
+        counts = np.bincount(user_row[training], minlength=states)
+        place = self._piece(number) / "users"
+        key = store.keys_columns(place, states).read("key")
+        # States are in the order of users; a user without a key is a row, whose number is its key.
+        user = key
+        if order is not None:
+            start = sum(facts["latest_users"][:number])
+            user = order[start + np.concatenate([[0], np.cumsum(key[1:] != key[:-1])])]
+        of_users = [feature for feature in features if feature.tower == "user"]
+        raw = store.raw_columns(place, states, of_users, facts["lengths"])
+        learner.add("user", raw, np.flatnonzero(counts), counts, user)
+        return learner, np.bincount(item_row[training], minlength=items)
+
+    def _encode(
+        self, encoder: Encoder, item_rows: Sequence[np.ndarray], facts: Mapping[str, Any], engine: Engine
+    ) -> None:
+        with _bar("Encoding", len(self.log)) as done:
+            encode = functools.partial(self._encode_bucket, encoder, facts)
+            for number, _ in enumerate(engine.map(encode, enumerate(item_rows))):
+                done(self.buckets.rows[number])
+
+    def _encoded(self, number: int) -> Path:
+        return self.work / "encoded" / bucket_name(number)
+
+    def _encode_bucket(self, encoder: Encoder, facts: Mapping[str, Any], bucket: tuple[int, np.ndarray]) -> None:
+        number, item_row = bucket
+        if not self._encoded(number).is_dir():
+            with atomic_write(self._encoded(number)) as temporary:
+                self._write_bucket(temporary, number, encoder, item_row, facts)
 
     def _write(
         self,
@@ -350,20 +400,13 @@ class _Preparation:
         fingerprint: str,
         encoder: Encoder,
         items: EntityTable,
-        item_rows: Sequence[np.ndarray],
         catalogue: np.ndarray,
         facts: Mapping[str, Any],
     ) -> None:
-        """Encodes each bucket, and writes the prepared dataset."""
+        """Writes the prepared dataset of the encoded buckets."""
         temporary.mkdir()
-        with _bar("Encoding", len(self.log)) as done:
-            for number in range(len(self.buckets)):
-                finished = self.work / "encoded" / bucket_name(number)
-                if not finished.is_dir():
-                    with atomic_write(finished) as beside:
-                        self._write_bucket(beside, number, encoder, item_rows[number], facts)
-                shutil.copytree(finished, temporary / finished.name, copy_function=_linked)
-                done(self.buckets.rows[number])
+        for number in range(len(self.buckets)):
+            shutil.copytree(self._encoded(number), temporary / bucket_name(number), copy_function=_linked)
         lengths = dict(facts["lengths"]) | store.write_raw(temporary / "items", items, encoder.of_tower("item"))
         store.write_encoded(temporary / "items", items)
         buckets = [

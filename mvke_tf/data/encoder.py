@@ -318,6 +318,10 @@ class Encoder:
         self.state = {name: list(values) for name, values in state.items()}
         _check_state(tuple(feature for feature, _ in _with_summaries(self.features)), self.state)
 
+    def __reduce__(self) -> tuple:
+        # Layers are made where they are needed.
+        return type(self), (self.features, self.state)
+
     @functools.cached_property
     def layers(self) -> dict[str, keras.layers.Layer]:
         """The preprocessing layers of the features that own one; they need TensorFlow, which training does not."""
@@ -633,6 +637,13 @@ class Learner:
             else:
                 # Quantiles are those of the values in any order.
                 self._numbers.setdefault(feature.name, []).append(np.unique(values, return_counts=True))
+
+    def join(self, other: Learner) -> None:
+        """Learns what another one of the same features has learned from tables that come after."""
+        for name, counted in other._counted.items():
+            self._counted.setdefault(name, []).extend(counted)
+        for name, numbers in other._numbers.items():
+            self._numbers.setdefault(name, []).extend(numbers)
 
     def encoder(self) -> Encoder:
         """What has been learned."""

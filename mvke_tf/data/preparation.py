@@ -33,6 +33,7 @@ from mvke_tf.data.tables import (
     names_the_declaration,
     read_tables,
 )
+from mvke_tf.engine import Engine
 from mvke_tf.errors import DataError, DeclarationError
 from mvke_tf.io import TEMPORARY, one_line, remove_temporary
 from mvke_tf.schema import WEIGHTS_SUFFIX
@@ -51,7 +52,11 @@ _MOST_TRIES = 10_000
 
 
 def prepared_dataset(
-    dataset: Dataset, data_dir: Path = Path("data"), overwrite: bool = False, memory_mb: int | None = None
+    dataset: Dataset,
+    data_dir: Path = Path("data"),
+    overwrite: bool = False,
+    memory_mb: int | None = None,
+    engine: Engine | None = None,
 ) -> PreparedDataset:
     """The prepared dataset of a declaration, made unless it is there, in a folder below `data_dir`.
 
@@ -63,11 +68,15 @@ def prepared_dataset(
         dataset: The declaration.
         data_dir: Where prepared datasets are kept, in `prepared/<name>-<digest>`.
         overwrite: Whether to prepare anew what is there.
-        memory_mb: Memory that the preparation may take, in MiB; by default half of the machine's.
+        memory_mb: Memory that the preparation may take, in MiB; by default half of the machine's. Of several workers,
+            each may take as much.
+        engine: Who prepares the buckets; by default this process, which prepares what fits into memory in any case.
+            With any engine the bytes are the same.
 
     Raises:
         DataError: If the tables cannot be read or do not fit the declaration.
         DeclarationError: See `prepare`.
+        EngineError: If workers are killed again and again.
     """
     parent = Path(data_dir) / "prepared"
     # What killed processes left behind.
@@ -87,8 +96,14 @@ def prepared_dataset(
         return prepared
     buckets = number_of_buckets(dataset, memory_mb)
     if buckets > 1:
-        prepare_in_buckets(dataset, folder, found, buckets)
+        prepare_in_buckets(dataset, folder, found, buckets, engine)
     else:
+        if engine is not None and not engine.is_alone:
+            logger.info(
+                "The log of %s fits into memory: one process prepares it. Workers prepare buckets, which a smaller "
+                "--memory_mb makes of it.",
+                dataset.name,
+            )
         tables = dataclasses.replace(read_tables(dataset, fingerprinted=False), fingerprint=found)
         prepare(dataset, tables).save(folder)
     digests.save()

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Buckets that several processes prepare, of this machine or of Ray: the same bytes as by one, whatever is killed."""
+
+import os
+import signal
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from mvke_tf.data import buckets
+from mvke_tf.data.buckets import prepare_in_buckets
+from mvke_tf.data.declaration import Dataset
+from mvke_tf.data.preparation import prepared_dataset
+from mvke_tf.engine import Engine
+from mvke_tf.errors import DataError
+from mvke_tf.io import checksums
+from tests.small import small_dataset, small_log, small_toml
+
+pytestmark = pytest.mark.slow
+
+BUCKETS = 7
+DATASETS = {
+    "frames": lambda folder: small_dataset(
+        **{"features.age": {"tower": "user", "encode": "number", "scaling": "standard"}, "groups": None}
+    ),
+    # Paths are relative to the folder that the test is in.
+    "files": lambda folder: Dataset.from_toml(os.path.relpath(small_toml(folder))),
+}
+
+
+@pytest.fixture(scope="module", params=["local", "ray"])
+def engine(request):
+    with Engine(request.param, 2) as engine:
+        yield engine
+
+
+def prepared(dataset: Dataset, folder: Path, engine: Engine | None = None) -> dict[str, str]:
+    prepare_in_buckets(dataset, folder / "prepared", "contents", BUCKETS, engine)
+    assert not list(folder.glob("*.unfinished"))
+    return checksums(folder / "prepared")
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_bytes_are_those_of_one_process(tmp_path, monkeypatch, engine, name):
+    monkeypatch.chdir(tmp_path)
+    dataset = DATASETS[name](tmp_path)
+    alone = prepared(dataset, tmp_path / "alone")
+    assert len(alone) > 4 * BUCKETS
+    assert prepared(dataset, tmp_path / "together", engine) == alone
+
+
+class Killed(buckets._Preparation):
+    """Each of its steps is killed once, when it has nearly done a bucket."""
+
+    def _once(self, step: str) -> None:
+        try:
+            (self.work.parent / f"killed {step}").mkdir()
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _write_piece(self, *arguments):
+        super()._write_piece(*arguments)
+        self._once("preparing")
+
+    def _learn_bucket(self, *arguments):
+        learned = super()._learn_bucket(*arguments)
+        self._once("learning")
+        return learned
+
+    def _write_bucket(self, *arguments):
+        super()._write_bucket(*arguments)
+        self._once("encoding")
+
+
+def test_workers_may_be_killed(tmp_path, monkeypatch, engine):
+    alone = prepared(small_dataset(), tmp_path / "alone")
+    monkeypatch.setattr("mvke_tf.data.buckets._Preparation", Killed)
+    assert prepared(small_dataset(), tmp_path / "together", engine) == alone
+    left = sorted(path.name for path in (tmp_path / "together").iterdir())
+    assert left == ["killed encoding", "killed learning", "killed preparing", "prepared"]
+
+
+def test_errors_are_those_of_one_process(tmp_path, engine):
+    log, items = small_log()
+    # Of users of different buckets: the first bucket counts.
+    wrong = pl.col("user").is_in([2, 7, 11])
+    log = log.with_columns(bought=pl.when(wrong).then(2).otherwise(pl.col("bought")))
+    dataset = Dataset.from_frame(log, small_dataset().to_dict(), items=items)
+    messages = []
+    for number, of in enumerate((None, engine)):
+        with pytest.raises(DataError, match="label = 'bought': expected 0 or 1") as error:
+            prepared(dataset, tmp_path / str(number), of)
+        messages.append(str(error.value))
+        assert not list((tmp_path / str(number)).iterdir())
+    assert messages[0] == messages[1]
+
+
+def test_what_fits_into_memory_one_process_prepares(tmp_path, caplog):
+    dataset = Dataset.from_toml(small_toml(tmp_path))
+    with caplog.at_level("INFO", "mvke_tf"), Engine("local", 2) as engine:
+        assert not prepared_dataset(dataset, tmp_path, engine=engine).is_in_buckets
+    assert "The log of small fits into memory: one process prepares it." in caplog.text
