@@ -980,7 +980,10 @@ def _profile_options(parser: argparse.ArgumentParser) -> None:
         help="a group's score is the mean over so many of its items, the user's best (default: 10)",
     )
     parser.add_argument(
-        "--memory_mb", type=positive_int, default=512, help="bound of the working memory, in MiB (default: 512)"
+        "--memory_mb",
+        type=positive_int,
+        default=512,
+        help="bound of the working memory, in MiB, of each worker (default: 512)",
     )
     parser.add_argument(
         "--output_dir", "--out", dest="output_dir", type=Path, help="folder of the files (default: <run>/profiles)"
@@ -988,6 +991,7 @@ def _profile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", nargs="+", choices=("parquet", "csv"), default=["parquet", "csv"], help="formats (default: both)"
     )
+    _add_engine(parser, "score users; several use no GPU")
     search = parser.add_argument_group(
         "vector search: an index finds the items, approximately, instead of scoring them all; for large catalogues"
     )
@@ -1026,20 +1030,22 @@ def _profile(args: argparse.Namespace) -> None:
     from mvke_tf.serving.profiles import profile_run
 
     run = _open(args)
-    files = profile_run(
-        run,
-        tasks=args.tasks,
-        top=args.top,
-        by=args.by,
-        users=None if args.users == ["all"] else args.users,
-        exclude_seen=args.exclude_seen,
-        memory_mb=args.memory_mb,
-        group_items=args.group_items,
-        formats=args.format,
-        folder=args.output_dir,
-        index=IndexConfig(args.kind, links=args.links or 32, cells=args.cells or 0) if args.kind else None,
-        effort=args.effort or 64,
-    )
+    with Engine(args.engine, args.workers) as engine:
+        files = profile_run(
+            run,
+            tasks=args.tasks,
+            top=args.top,
+            by=args.by,
+            users=None if args.users == ["all"] else args.users,
+            exclude_seen=args.exclude_seen,
+            memory_mb=args.memory_mb,
+            group_items=args.group_items,
+            formats=args.format,
+            folder=args.output_dir,
+            index=IndexConfig(args.kind, links=args.links or 32, cells=args.cells or 0) if args.kind else None,
+            effort=args.effort or 64,
+            engine=engine,
+        )
     for task, paths in files.items():
         print(f"{task}: {', '.join(map(str, paths))}")
     _say_next(_export_or_serve(run.folder))

@@ -7,8 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mvke_tf.cli import main
+from mvke_tf.engine import Engine
 from mvke_tf.errors import ConfigError, MvkeError, RunError
 from mvke_tf.inference.index import IndexConfig, VectorIndex
+from mvke_tf.io import checksums
 from mvke_tf.run import Run
 from mvke_tf.serving.profiles import Candidates, Profiler, Users, profile_run
 from mvke_tf.serving.profiles import files as profile_files
@@ -69,6 +71,34 @@ def test_no_item_of_the_log_is_recommended_when_seen_ones_are_left_out(run, tmp_
     assert not profiles & had
     # 12 users had 20 of 30 items each.
     assert len(profiles) == len(frame) == 12 * 10 and len(had) == 12 * 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_workers_write_the_bytes_of_one_process(run, tmp_path, monkeypatch, kind):
+    # Three blocks of the 12 users.
+    monkeypatch.setattr(Profiler, "users_per_block", lambda *arguments: 5)
+    with Engine(kind, 2) as engine:
+        for name, options in {
+            "all": {"exclude_seen": True},
+            "some": {"users": [7, 1, 12, 3, 9, 2, 4], "tasks": ["buy"], "top": 3},
+            "groups": {"by": "tags"},
+            "index": {"tasks": ["click"], "index": IndexConfig("flat"), "effort": 30},
+        }.items():
+            made = [
+                profile_run(run, folder=tmp_path / name / str(number), engine=of, **options)
+                for number, of in enumerate((None, engine))
+            ]
+            alone, together = (checksums(tmp_path / name / str(number)) for number in range(2))
+            assert alone == together and len(alone) == sum(map(len, made[0].values())) + (name == "index")
+
+
+@pytest.mark.slow
+def test_the_command_with_workers(command, run, tmp_path):
+    for workers in (1, 2):
+        status, _, _ = command(run.folder, "--tasks", "buy", "--workers", workers, "--out", tmp_path / str(workers))
+        assert status == 0
+    assert checksums(tmp_path / "1") == checksums(tmp_path / "2") and len(checksums(tmp_path / "1")) == 2
 
 
 def test_blocks_become_one_file_with_one_schema(profiler, run, tmp_path):

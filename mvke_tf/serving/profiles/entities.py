@@ -125,6 +125,12 @@ class Users:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def part(self, rows: slice) -> Users:
+        """Some consecutive users."""
+        start, stop = np.searchsorted(self.seen[:, 0], [rows.start, rows.stop])
+        table = {name: column[rows] for name, column in self.table.items()}
+        return Users(table, self.ids[rows], self.seen[start:stop] - [rows.start, 0])
+
     @classmethod
     def of(cls, prepared: PreparedDataset, ids: Sequence[int | str] | None = None, exclude_seen: bool = False) -> Users:
         """Users of prepared data as they are after their last row.

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from mvke_tf.engine import Engine
 from mvke_tf.errors import ConfigError
 from mvke_tf.inference.index import IndexConfig, VectorIndex, recall
 from mvke_tf.inference.topk import best_products
+from mvke_tf.inference.vectors import slices
 from mvke_tf.io import atomic_write, csv_safe
 from mvke_tf.run import Run
 from mvke_tf.serving.profiles.entities import BY_ITEM, Candidates, Users
@@ -43,6 +48,7 @@ def profile_run(
     folder: Path | None = None,
     index: IndexConfig | None = None,
     effort: int = EFFORT,
+    engine: Engine | None = None,
 ) -> dict[str, list[Path]]:
     """Makes the profiles of users of a run's data with its best checkpoint, and writes one file per task and format.
 
@@ -53,13 +59,14 @@ def profile_run(
         by: `"item"`, or the name of a group of items.
         users: Ids of the users; all by default. Numbers may come as text.
         exclude_seen: Whether to leave out the items of a user's rows in the log.
-        memory_mb: See `Profiler.blocks`.
+        memory_mb: See `Profiler.blocks`; of several workers, each may take as much.
         group_items: See `Profiler.blocks`.
         formats: Some of `"parquet"` and `"csv"`.
         folder: Where; `profiles` in the run directory by default. Files of an earlier call are replaced.
         index: How to build a vector index that finds the items; exact scoring by default. It is kept in `<folder>` and
             used again as long as the item vectors are the same.
         effort: See `VectorIndex.search`.
+        engine: Who scores the users; by default this process. Others hold the model each, and use no GPU.
 
     Returns:
         `{task: files}`, `<folder>/<task>_<by>.<format>`; of data without items `<task>_user`. They appear together when
@@ -68,7 +75,9 @@ def profile_run(
     Raises:
         RunError: If the run has no checkpoint yet.
         ConfigError: If a user, a task, a group or another argument is unknown or out of range.
+        EngineError: If workers are killed again and again.
     """
+    engine = engine or Engine()
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
         raise ConfigError(f"`formats` must be some of {FORMATS}. Received: {tuple(formats)}")
@@ -82,14 +91,56 @@ def profile_run(
     indexes = None
     if index is not None:
         indexes = {
-            task: kept_index(profiler.item_vectors[task], index, folder / f"{task}_{index.kind}_index.npz")
+            task: kept_index(profiler.item_vectors[task], index, _index_file(folder, task, index))
             for task in profiler.tasks
         }
         _log_recall(profiler, chosen, indexes, top, effort)
     blocks = profiler.blocks(chosen, top, by, memory_mb, group_items, indexes, effort)
     size = profiler.users_per_block(top, by, memory_mb, group_items)
+    if not engine.is_alone:
+        kept = {task: _index_file(folder, task, index).absolute() for task in profiler.tasks} if index else None
+        options = {"top": top, "by": by, "memory_mb": memory_mb, "group_items": group_items, "effort": effort}
+        scoring = _Scoring(run.folder.absolute(), candidates, profiler.tasks, kept, options)
+        read = {name: chosen.table[name] for name in profiler.model.user_tower.input}
+        chosen = dataclasses.replace(chosen, table=read)
+        blocks = engine.map(scoring, (chosen.part(rows) for rows in slices(len(chosen), size)))
     what = "user" if candidates.ids is None else re.sub(r"[^\w.-]", "_", by)
     return write_profiles(_with_progress(blocks, len(chosen), size), profiler.tasks, folder, what, formats)
+
+
+def _index_file(folder: Path, task: str, index: IndexConfig) -> Path:
+    return folder / f"{task}_{index.kind}_index.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scoring:
+    """Makes the profiles of a block of users in a worker, which opens the run once.
+
+    Args:
+        run: Folder of the run.
+        candidates: The items.
+        tasks: Names of the tasks.
+        indexes: File of the vector index of each task, if indexes find the items.
+        options: Of `Profiler.blocks`.
+    """
+
+    run: Path
+    candidates: Candidates
+    tasks: Sequence[str]
+    indexes: Mapping[str, Path] | None
+    options: Mapping[str, Any]
+
+    @functools.cached_property
+    def _profiler(self) -> Profiler:
+        return Profiler(Run(self.run).load_model(calibrated=True), self.candidates, self.tasks)
+
+    @functools.cached_property
+    def _opened(self) -> dict[str, VectorIndex] | None:
+        return None if self.indexes is None else {task: VectorIndex.load(path) for task, path in self.indexes.items()}
+
+    def __call__(self, users: Users) -> Frames:
+        (block,) = self._profiler.blocks(users, indexes=self._opened, **self.options)
+        return block
 
 
 def write_profiles(

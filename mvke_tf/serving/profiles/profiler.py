@@ -156,9 +156,8 @@ class Profiler:
         for block in slices(len(users), size):
             steps = []
             for rows in slices(block.stop - block.start, TILE_USERS):
-                rows = slice(block.start + rows.start, block.start + rows.stop)
-                vectors = self.user_vectors(users.table, rows)
-                seen = _seen_by(users, rows)
+                step = users.part(slice(block.start + rows.start, block.start + rows.stop))
+                vectors, seen = self.user_vectors(step.table), step.seen
                 if grouping is not None:
                     steps.append(self._best_groups(vectors, seen, top, grouping, group_items))
                     continue
@@ -368,9 +367,3 @@ def _free(name: str, taken: set[str]) -> str:
     while name in taken:
         name += "_group"
     return name
-
-
-def _seen_by(users: Users, rows: slice) -> np.ndarray:
-    """The pairs of `users.seen` of some rows, counted from the first of them."""
-    start, stop = np.searchsorted(users.seen[:, 0], [rows.start, rows.stop])
-    return users.seen[start:stop] - [rows.start, 0]
