@@ -4,7 +4,7 @@
 Makes the ad log of `mvke_tf.datasets.ads` with each number of rows (users and ads grow with it), then runs
 `mvke prepare`, `mvke train --epochs 1` and `mvke profile --tasks click` on it in processes of their own. Prints one
 JSON line per number of rows, and at the end what each further million rows costs. With `--memory_mb` a log that takes
-more is prepared and read in buckets.
+more is prepared and read in buckets, with `--workers` by several processes, of which the peak is that of the largest.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from mvke_tf.cli import positive_int, run_main
 
 MIB = 2**20
 STEPS = ("prepare", "train", "profile")
-# Runs a command line and prints the CPU seconds and the peak memory of its process.
+# Runs a command line and prints the CPU seconds of its process and its workers, and the peak memory of the largest.
 MEASURED = """
 import resource, sys
 from mvke_tf.cli import main
 try:
     main(sys.argv[1:])
 finally:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    print("MEASURED", used.ru_utime + used.ru_stime, used.ru_maxrss)
+    used = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print("MEASURED", sum(of.ru_utime + of.ru_stime for of in used), max(of.ru_maxrss for of in used))
 """
 
 
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--rows", type=positive_int, nargs="+", default=[250_000, 1_000_000, 4_000_000])
     parser.add_argument("--batch_size", type=positive_int, default=4096, help="of the training (default: 4096)")
     parser.add_argument("--memory_mb", type=positive_int, help="of the preparation (default: half of the machine's)")
+    parser.add_argument("--workers", type=positive_int, default=1, help="of preparation and profiles (default: 1)")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="what to measure (default: all)")
     parser.add_argument("--settings", default="", help="more options of the training, in one text")
     args = parser.parse_args()
@@ -69,12 +70,13 @@ def measure(folder: Path, rows: int, args: argparse.Namespace) -> dict[str, Any]
     subprocess.run([sys.executable, "-c", code, "prepare", *data], check=True, stdout=subprocess.DEVNULL)
     result: dict[str, Any] = {"rows": rows}
     memory = ["--memory_mb", str(args.memory_mb)] if args.memory_mb else []
+    workers = ["--workers", str(args.workers)]
     settings = ["--epochs", "1", "--batch_size", str(args.batch_size), *args.settings.split()]
     run = ["--runs_dir", str(folder / "runs"), "--run_name", "one"]
     commands = {
-        "prepare": ["prepare", *data, *memory],
+        "prepare": ["prepare", *data, *memory, *workers],
         "train": ["train", *data, *settings, *run],
-        "profile": ["profile", str(folder / "runs" / "one"), "--tasks", "click", "--format", "parquet"],
+        "profile": ["profile", str(folder / "runs" / "one"), "--tasks", "click", "--format", "parquet", *workers],
     }
     for step in args.steps:
         arguments = commands[step]

@@ -304,7 +304,7 @@ class _RayTasks:
         self._started = not ray.is_initialized()
         if self._started:
             # Connects to a cluster that is there.
-            ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+            ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
         self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(_work)
         self._function: Any = None
         self._running: set[Any] = set()

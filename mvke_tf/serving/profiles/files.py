@@ -31,6 +31,8 @@ from mvke_tf.serving.profiles.profiler import EFFORT, GROUP_ITEMS, MEMORY_MB, TO
 logger = logging.getLogger(__name__)
 
 FORMATS = ("parquet", "csv")
+# What a block adds to the files of each task.
+Contents = dict[str, list[Any]]
 # Recall is measured on so many users, drawn at random where there are more.
 RECALL_USERS = 1000
 
@@ -95,17 +97,20 @@ def profile_run(
             for task in profiler.tasks
         }
         _log_recall(profiler, chosen, indexes, top, effort)
-    blocks = profiler.blocks(chosen, top, by, memory_mb, group_items, indexes, effort)
+    blocks: Iterator[Contents] = (
+        _contents(frames, formats)
+        for frames in profiler.blocks(chosen, top, by, memory_mb, group_items, indexes, effort)
+    )
     size = profiler.users_per_block(top, by, memory_mb, group_items)
     if not engine.is_alone:
         kept = {task: _index_file(folder, task, index).absolute() for task in profiler.tasks} if index else None
         options = {"top": top, "by": by, "memory_mb": memory_mb, "group_items": group_items, "effort": effort}
-        scoring = _Scoring(run.folder.absolute(), candidates, profiler.tasks, kept, options)
+        scoring = _Scoring(run.folder.absolute(), candidates, profiler.tasks, kept, options, formats)
         read = {name: chosen.table[name] for name in profiler.model.user_tower.input}
         chosen = dataclasses.replace(chosen, table=read)
         blocks = engine.map(scoring, (chosen.part(rows) for rows in slices(len(chosen), size)))
     what = "user" if candidates.ids is None else re.sub(r"[^\w.-]", "_", by)
-    return write_profiles(_with_progress(blocks, len(chosen), size), profiler.tasks, folder, what, formats)
+    return _write(_with_progress(blocks, len(chosen), size), profiler.tasks, folder, what, formats)
 
 
 def _index_file(folder: Path, task: str, index: IndexConfig) -> Path:
@@ -122,6 +127,7 @@ class _Scoring:
         tasks: Names of the tasks.
         indexes: File of the vector index of each task, if indexes find the items.
         options: Of `Profiler.blocks`.
+        formats: Of the files.
     """
 
     run: Path
@@ -129,6 +135,7 @@ class _Scoring:
     tasks: Sequence[str]
     indexes: Mapping[str, Path] | None
     options: Mapping[str, Any]
+    formats: Sequence[str]
 
     @functools.cached_property
     def _profiler(self) -> Profiler:
@@ -138,15 +145,21 @@ class _Scoring:
     def _opened(self) -> dict[str, VectorIndex] | None:
         return None if self.indexes is None else {task: VectorIndex.load(path) for task, path in self.indexes.items()}
 
-    def __call__(self, users: Users) -> Frames:
-        (block,) = self._profiler.blocks(users, indexes=self._opened, **self.options)
-        return block
+    def __call__(self, users: Users) -> Contents:
+        (frames,) = self._profiler.blocks(users, indexes=self._opened, **self.options)
+        return _contents(frames, self.formats)
 
 
 def write_profiles(
     blocks: Iterable[Frames], tasks: Sequence[str], folder: Path, by: str, formats: Sequence[str] = FORMATS
 ) -> dict[str, list[Path]]:
     """Writes blocks of profiles as they come; arguments and result as of `profile_run`."""
+    return _write((_contents(frames, formats) for frames in blocks), tasks, folder, by, formats)
+
+
+def _write(
+    blocks: Iterable[Contents], tasks: Sequence[str], folder: Path, by: str, formats: Sequence[str]
+) -> dict[str, list[Path]]:
     files = {task: [Path(folder) / f"{task}_{by}.{format}" for format in formats] for task in tasks}
     with contextlib.ExitStack() as whole:
         temporary = {path: whole.enter_context(atomic_write(path)) for paths in files.values() for path in paths}
@@ -155,16 +168,23 @@ def write_profiles(
             append = {path: _WRITERS[path.suffix](hidden, opened) for path, hidden in temporary.items()}
             for block in blocks:
                 for task, paths in files.items():
-                    for path in paths:
-                        append[path](block[task])
+                    for path, content in zip(paths, block[task], strict=True):
+                        append[path](content)
     return files
 
 
-def _parquet_writer(path: Path, opened: contextlib.ExitStack) -> Callable[[pd.DataFrame], None]:
+def _contents(frames: Frames, formats: Sequence[str]) -> Contents:
+    return {task: [_CONTENTS[format](frame) for format in formats] for task, frame in frames.items()}
+
+
+def _table(frame: pd.DataFrame) -> pa.Table:
+    return pa.Table.from_pandas(frame, preserve_index=False)
+
+
+def _parquet_writer(path: Path, opened: contextlib.ExitStack) -> Callable[[pa.Table], object]:
     writers: list[pq.ParquetWriter] = []
 
-    def append(frame: pd.DataFrame) -> None:
-        table = pa.Table.from_pandas(frame, preserve_index=False)
+    def append(table: pa.Table) -> None:
         if not writers:
             writers.append(opened.enter_context(pq.ParquetWriter(path, table.schema)))
         writers[0].write_table(table)
@@ -172,14 +192,16 @@ def _parquet_writer(path: Path, opened: contextlib.ExitStack) -> Callable[[pd.Da
     return append
 
 
-def _csv_writer(path: Path, opened: contextlib.ExitStack) -> Callable[[pd.DataFrame], None]:
+def _csv_text(frame: pd.DataFrame) -> tuple[str, str]:
+    """Header and rows."""
+    safe = frame.apply(_csv_safe).rename(columns=csv_safe)
+    header = safe.head(0).to_csv(index=False, lineterminator="\n")
+    return header, safe.to_csv(index=False, header=False, lineterminator="\n")
+
+
+def _csv_writer(path: Path, opened: contextlib.ExitStack) -> Callable[[tuple[str, str]], object]:
     file = opened.enter_context(path.open("w", encoding="utf-8", newline=""))
-
-    def append(frame: pd.DataFrame) -> None:
-        safe = frame.apply(_csv_safe).rename(columns=csv_safe)
-        safe.to_csv(file, index=False, header=file.tell() == 0, lineterminator="\n")
-
-    return append
+    return lambda text: file.write((text[0] if file.tell() == 0 else "") + text[1])
 
 
 def _csv_safe(column: pd.Series) -> pd.Series:
@@ -189,10 +211,14 @@ def _csv_safe(column: pd.Series) -> pd.Series:
     return column.map(csv_safe) if pd.api.types.is_string_dtype(column.dtype) else column
 
 
-_WRITERS = {".parquet": _parquet_writer, ".csv": _csv_writer}
+_CONTENTS: dict[str, Callable[[pd.DataFrame], Any]] = {"parquet": _table, "csv": _csv_text}
+_WRITERS: dict[str, Callable[[Path, contextlib.ExitStack], Callable[[Any], object]]] = {
+    ".parquet": _parquet_writer,
+    ".csv": _csv_writer,
+}
 
 
-def _with_progress(blocks: Iterable[Frames], users: int, size: int) -> Iterator[Frames]:
+def _with_progress(blocks: Iterable[Contents], users: int, size: int) -> Iterator[Contents]:
     with tqdm(total=users, unit="user", desc="Profiles") as bar:
         for block in blocks:
             yield block
