@@ -3,6 +3,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import polars as pl
@@ -102,3 +105,27 @@ def test_what_fits_into_memory_one_process_prepares(tmp_path, caplog):
     with caplog.at_level("INFO", "mvke_tf"), Engine("local", 2) as engine:
         assert not prepared_dataset(dataset, tmp_path, engine=engine).is_in_buckets
     assert "The log of small fits into memory: one process prepares it." in caplog.text
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_command_that_is_ended_leaves_no_worker_and_goes_on(tmp_path, sent, code):
+    path = small_toml(tmp_path)
+    pl.concat([small_log()[0]] * 50).write_parquet(tmp_path / "log.parquet")
+    command = [sys.executable, "-m", "mvke_tf", "prepare", "--data", path, "--memory_mb", "16", "--data_dir"]
+    together = [*command, tmp_path / "together", "--workers", "2"]
+    process = subprocess.Popen(together, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("together/prepared/*.unfinished/pieces/bucket*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    # A terminal sends Ctrl-C to all processes, and workers leave it to the first.
+    (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
+    # Workers have the same stdout: it ends with the last of them.
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code and b"Traceback" not in errors
+    assert list(tmp_path.glob("together/prepared/*.unfinished"))
+    prepared = {}
+    for name, arguments in {"together": together, "alone": [*command, tmp_path / "alone"]}.items():
+        subprocess.run(arguments, check=True, capture_output=True)
+        (prepared[name],) = (tmp_path / name / "prepared").glob("small-*")
+    assert checksums(prepared["together"]) == checksums(prepared["alone"])
