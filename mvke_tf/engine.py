@@ -11,12 +11,14 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeVar
 
+from mvke_tf import __version__
 from mvke_tf.errors import ConfigError, MvkeError, require_extra
 
 logger = logging.getLogger(__name__)
@@ -95,7 +97,7 @@ class Engine:
             self._pool = _RayTasks() if self.kind == "ray" else _Processes()
         pool, left, order = self._pool, iter(items), collections.deque[Any]()
         # Read in this order: a backend is chosen when it is first imported.
-        pool.begin(pickle.dumps((_environment(), pickle.dumps(function))))
+        pool.begin(pickle.dumps((__version__, _environment(), pickle.dumps(function))))
         running: set[Any] = set()
         done = False
         try:
@@ -142,7 +144,12 @@ def _environment() -> dict[str, str]:
 
 @functools.lru_cache(maxsize=1)
 def _unpickled(function: bytes) -> Callable[[Any], Any]:
-    environment, pickled = pickle.loads(function)
+    version, environment, pickled = pickle.loads(function)
+    if version != __version__:
+        raise EngineError(
+            f"A worker on {socket.gethostname()} has mvke_tf {__version__}. Expected {version}, as here: install the "
+            "same version on all machines."
+        )
     os.environ.update(environment)
     # What there is to say of all items, the process that asks for them says.
     logging.getLogger(__package__).setLevel(logging.ERROR)

@@ -121,6 +121,13 @@ def test_a_process_that_is_killed_always(engine):
 
 
 @pytest.mark.slow
+def test_workers_of_another_version(monkeypatch):
+    monkeypatch.setattr("mvke_tf.engine.__version__", "0.0.1")
+    with Engine("local", 2) as engine, pytest.raises(EngineError, match=r"Expected 0\.0\.1, as here"):
+        list(engine.map(refuse, [0]))
+
+
+@pytest.mark.slow
 def test_nobody_asks_for_more(engine):
     results = engine.map(Counted(), range(100))
     first = next(results)

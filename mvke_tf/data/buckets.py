@@ -12,7 +12,6 @@ what it has, and ends with the same bytes. What is done bucket by bucket is done
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
@@ -47,7 +46,7 @@ from mvke_tf.data.preparation import (
     side_rows_of,
     warn_of_lacking,
 )
-from mvke_tf.data.scatter import Buckets, scatter
+from mvke_tf.data.scatter import Buckets, for_workers, scatter
 from mvke_tf.data.store import EntityTable, PreparedDataset, bucket_name
 from mvke_tf.data.tables import ITEMS, LOG, USERS, named_sources, names_the_declaration
 from mvke_tf.engine import Engine
@@ -141,7 +140,7 @@ def prepare_in_buckets(
             write_json(about, made_of)
         logger.info("Preparing %s in %d buckets of users in %s ...", dataset.name, buckets, work)
         try:
-            _Preparation.begin(dataset, work, buckets).run(folder, fingerprint, engine or Engine())
+            _Preparation.begin(dataset, work, buckets, engine or Engine()).run(folder, fingerprint)
         except MvkeError:
             # Tables or declaration have to change first.
             discard(work)
@@ -175,16 +174,17 @@ class _Preparation:
     Args:
         dataset: The declaration.
         work: The folder for what is written meanwhile, in which the log lies in buckets and is ordered.
+        engine: Who does the steps of single buckets; by default this process.
     """
 
-    def __init__(self, dataset: Dataset, work: Path) -> None:
-        self.dataset, self.work = dataset, work
+    def __init__(self, dataset: Dataset, work: Path, engine: Engine | None = None) -> None:
+        self.dataset, self.work, self._engine = dataset, work, engine or Engine()
         self.buckets = Buckets(dataset, work / "tables")
         self._order = read_json(work / "order" / "order.json")
         self._starts = np.concatenate([[0], np.cumsum(self.buckets.rows)])
 
     @classmethod
-    def begin(cls, dataset: Dataset, work: Path, number: int) -> _Preparation:
+    def begin(cls, dataset: Dataset, work: Path, number: int, engine: Engine) -> _Preparation:
         """Spreads the log over buckets and orders it; buckets without a row are left out."""
         if not (work / "tables").is_dir():
             with _bar("Spreading the log", named_sources(dataset)[0][LOG].size()) as done:
@@ -192,24 +192,23 @@ class _Preparation:
         if not (work / "order").is_dir():
             buckets = Buckets(dataset, work / "tables")
             with _bar("Ordering its rows", sum(buckets.rows)) as done:
-                _order(buckets, work / "order", done)
-        return cls(dataset, work)
+                _order(buckets, work / "order", engine, done)
+        return cls(dataset, work, engine)
 
     def __reduce__(self) -> tuple:
-        # Log and users are in buckets; workers may have another working directory.
-        frames = {name: frame if name == ITEMS else frame.clear() for name, frame in self.dataset.frames.items()}
-        dataset = dataclasses.replace(self.dataset, folder=self.dataset.folder.absolute(), frames=frames)
-        return type(self), (dataset, self.work.absolute())
+        return type(self), (for_workers(self.dataset), self.work.absolute())
 
     @functools.cached_property
     def log(self) -> Log:
         """The whole log."""
         return Log(
             self.dataset,
-            [functools.partial(self.rows, number) for number in range(len(self.buckets))],
+            self.rows,
             self._items(),
             self._ordered("time"),
             int(self._starts[-1]),
+            len(self.buckets),
+            self._engine,
         )
 
     def _ordered(self, name: str) -> np.ndarray | None:
@@ -231,10 +230,10 @@ class _Preparation:
         span = slice(self._starts[number], self._starts[number + 1])
         return Rows(self.dataset, self.buckets.tables(number), self.log.items, np.asarray(position[span]))
 
-    def run(self, folder: Path, fingerprint: str, engine: Engine) -> None:
+    def run(self, folder: Path, fingerprint: str) -> None:
         """Does what has not been done yet."""
         features = encoded_features(self.rows(0))
-        facts = self._make_pieces(features, engine)
+        facts = self._make_pieces(features)
         check_facts(self.dataset, facts)
         if facts["rows_without_negatives"] == len(self.log):
             raise DataError(
@@ -250,9 +249,9 @@ class _Preparation:
             occurring = np.unique(self.log.items.of_row).size
             warn_of_lacking(ITEMS, int((self.log.items.side_row < 0).sum()), occurring, self.buckets.items)
         items, item_rows, catalogue = self._make_items(features, facts["interactions"])
-        encoder = self._learn(features, facts, items, item_rows, engine)
+        encoder = self._learn(features, facts, items, item_rows)
         items = encoded(encoder, items)
-        self._encode(encoder, item_rows, facts, engine)
+        self._encode(encoder, item_rows, facts)
         with atomic_write(folder) as temporary:
             self._write(temporary, folder, fingerprint, encoder, items, catalogue, facts)
             if self.dataset.groups is not None:
@@ -262,11 +261,11 @@ class _Preparation:
     def _piece(self, number: int) -> Path:
         return self.work / "pieces" / bucket_name(number)
 
-    def _make_pieces(self, features: Mapping[str, EncodedFeature], engine: Engine) -> dict[str, Any]:
+    def _make_pieces(self, features: Mapping[str, EncodedFeature]) -> dict[str, Any]:
         """Makes the piece of each bucket; returns what is known of all of them together."""
         every: list[dict[str, Any]] = []
         with _bar("Preparing", len(self.log)) as done:
-            for facts in engine.map(functools.partial(self._make_piece, features), range(len(self.buckets))):
+            for facts in self._engine.map(functools.partial(self._make_piece, features), range(len(self.buckets))):
                 done(self.buckets.rows[len(every)])
                 every.append(facts)
         together: dict[str, Any] = {
@@ -342,13 +341,12 @@ class _Preparation:
         facts: Mapping[str, Any],
         items: EntityTable,
         item_rows: Sequence[np.ndarray],
-        engine: Engine,
     ) -> Encoder:
         learner = Learner(features_of_encoder(self.dataset, features))
         item_counts = np.zeros(len(items.key), np.int64)
         learn = functools.partial(self._learn_bucket, learner.features, facts, len(items.key))
         with _bar("Learning values", len(self.log)) as done:
-            for number, (of_bucket, counts) in enumerate(engine.map(learn, enumerate(item_rows))):
+            for number, (of_bucket, counts) in enumerate(self._engine.map(learn, enumerate(item_rows))):
                 learner.join(of_bucket)
                 item_counts += counts
                 done(self.buckets.rows[number])
@@ -376,12 +374,10 @@ class _Preparation:
         learner.add("user", raw, np.flatnonzero(counts), counts, user)
         return learner, np.bincount(item_row[training], minlength=items)
 
-    def _encode(
-        self, encoder: Encoder, item_rows: Sequence[np.ndarray], facts: Mapping[str, Any], engine: Engine
-    ) -> None:
+    def _encode(self, encoder: Encoder, item_rows: Sequence[np.ndarray], facts: Mapping[str, Any]) -> None:
         with _bar("Encoding", len(self.log)) as done:
             encode = functools.partial(self._encode_bucket, encoder, facts)
-            for number, _ in enumerate(engine.map(encode, enumerate(item_rows))):
+            for number, _ in enumerate(self._engine.map(encode, enumerate(item_rows))):
                 done(self.buckets.rows[number])
 
     def _encoded(self, number: int) -> Path:
@@ -456,7 +452,21 @@ def _on(dataset: Dataset) -> str:
     return str((dataset.items and dataset.items.on) or dataset.keys.item)
 
 
-def _order(buckets: Buckets, folder: Path, done: Any) -> None:
+def _keys_of(buckets: Buckets, number: int) -> tuple[dict[str, np.ndarray], dict[str, pl.Series], int]:
+    """What rows of a bucket are ordered by, the users and items that it numbers, and the users without a side row."""
+    rows = Rows(buckets.dataset, buckets.tables(number))
+    keys: dict[str, np.ndarray] = {} if rows.time is None else {"time": rows.time}
+    named: dict[str, pl.Series] = {}
+    if buckets.dataset.keys.user is None:
+        keys["number"] = rows.users.keys.to_numpy()[rows.users.of_row]
+    else:
+        keys["user"], named["user"] = rows.users.of_row, rows.users.keys
+    if rows.items is not None:
+        keys["item"], named["item"] = rows.items.of_row, rows.items.keys
+    return keys, named, 0 if rows.users.side_row is None else int((rows.users.side_row < 0).sum())
+
+
+def _order(buckets: Buckets, folder: Path, engine: Engine, done: Any) -> None:
     """Writes the order of all rows, and what is known of each in it.
 
     `position.npy` has the place of each row, bucket by bucket in their own order; `time.npy` and `item.npy` are in the
@@ -470,22 +480,15 @@ def _order(buckets: Buckets, folder: Path, done: Any) -> None:
     kinds = {"number": (dataset.keys.user is None, np.int64), "item": (dataset.keys.item is not None, np.int32)}
     kinds |= {"user": (dataset.keys.user is not None, np.int32), "time": (dataset.source.time is not None, np.int64)}
     keys: dict[str, np.ndarray] = {name: np.empty(total, kind) for name, (is_there, kind) in kinds.items() if is_there}
-    for number, rows in enumerate(buckets.rows):
-        bucket = Rows(dataset, buckets.tables(number))
+    found = engine.map(functools.partial(_keys_of, buckets), range(len(buckets)))
+    for rows, (of_bucket, named, lacked) in zip(buckets.rows, found, strict=True):
         spans.append(slice(end, end + rows))
         end += rows
-        if bucket.time is not None:
-            keys["time"][spans[-1]] = bucket.time
-        if "number" in keys:
-            keys["number"][spans[-1]] = bucket.users.keys.to_numpy()[bucket.users.of_row]
-        else:
-            keys["user"][spans[-1]] = bucket.users.of_row
-            users.append(bucket.users.keys)
-        if bucket.users.side_row is not None:
-            lacking += int((bucket.users.side_row < 0).sum())
-        if bucket.items is not None:
-            keys["item"][spans[-1]] = bucket.items.of_row
-            items.append(bucket.items.keys)
+        for name, column in of_bucket.items():
+            keys[name][spans[-1]] = column
+        users += [named["user"]] if "user" in named else []
+        items += [named["item"]] if "item" in named else []
+        lacking += lacked
         done(rows)
     with atomic_write(folder) as temporary:
         temporary.mkdir()

@@ -126,7 +126,7 @@ def prepare(dataset: Dataset, tables: Tables | None = None) -> PreparedDataset:
     """
     tables = read_tables(dataset) if tables is None else tables
     rows = Rows(dataset, tables)
-    log = Log(dataset, [lambda: rows], rows.items, rows.time)
+    log = Log(dataset, lambda number: rows, rows.items, rows.time)
     features = encoded_features(rows)
     piece = Piece.of(rows, log, features)
     users, latest_users = piece.users, piece.latest_users
@@ -1092,25 +1092,29 @@ class Log:
 
     Args:
         dataset: The declaration.
-        buckets: Open the rows of each bucket, or all rows.
+        opened: Gives the rows of the bucket of a number, or all rows.
         items: All items, numbered by row in that order; None where they have no keys.
         time: Moment of each row in that order; None without.
         rows: How many rows there are in buckets; None of a log in memory.
+        buckets: How many buckets.
+        engine: Who asks the rows of buckets; by default this process.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        buckets: Sequence[Callable[[], Rows]],
+        opened: Callable[[int], Rows],
         items: Entities | None,
         time: np.ndarray | None,
         rows: int | None = None,
+        buckets: int = 1,
+        engine: Engine | None = None,
     ) -> None:
         self.dataset, self.items, self.time = dataset, items, time
-        self._buckets = buckets
+        self._opened, self._buckets, self._engine = opened, buckets, engine or Engine()
         # Whether all rows are in memory.
         self.is_alone = rows is None
-        self._rows = len(buckets[0]()) if rows is None else rows
+        self._rows = len(opened(0)) if rows is None else rows
 
     def __len__(self) -> int:
         return self._rows
@@ -1128,11 +1132,11 @@ class Log:
 
     def any_rows(self) -> Rows:
         """The rows of a bucket, for what is the same in all of them."""
-        return self._buckets[0]()
+        return self._opened(0)
 
     def buckets(self) -> Iterator[Rows]:
         """The rows of each bucket."""
-        return (opened() for opened in self._buckets)
+        return map(self._opened, range(self._buckets))
 
     @functools.cached_property
     def shares(self) -> np.ndarray:
@@ -1151,16 +1155,16 @@ class Log:
 
     def every(self, ask: Callable[[Rows], Sequence[np.ndarray | None]]) -> list[np.ndarray | None]:
         """Columns with an entry for each row, in order, from what is said of the rows of each bucket in theirs."""
+        if self.is_alone:
+            return list(ask(self.any_rows()))
         answer: list[np.ndarray | None] = []
-        for rows in self.buckets():
-            columns = ask(rows)
-            if self.is_alone:
-                return list(columns)
+        said = self._engine.map(functools.partial(_said_of_bucket, self._opened, ask), range(self._buckets))
+        for position, columns in said:
             if not answer:
                 answer = [None if column is None else np.empty(len(self), column.dtype) for column in columns]
             for whole, column in zip(answer, columns, strict=True):
                 if whole is not None:
-                    whole[rows.position] = column
+                    whole[position] = column
         return answer
 
     def table_at(self, position: np.ndarray, columns: Sequence[str]) -> Table:
@@ -1181,6 +1185,13 @@ class Log:
             raise ValueError("Expected a log of at least one bucket.")
         table.frame = pl.DataFrame([joined[name].alias(column) for column, name in numbered.items()])
         return table
+
+
+def _said_of_bucket(
+    opened: Callable[[int], Rows], ask: Callable[[Rows], Sequence[np.ndarray | None]], number: int
+) -> tuple[np.ndarray, Sequence[np.ndarray | None]]:
+    rows = opened(number)
+    return rows.position, ask(rows)
 
 
 def needs_moments(rows: Rows) -> bool:
@@ -1227,9 +1238,7 @@ def items_of(
         column = _Column(rows, feature, encoded)
         raw |= column.take(states.item if column.table.name == KEYS else rows.side_rows("item")[states.item])
     counted = [(f, f.statistic, f"[features.{f.name}] statistic") for f in declared if f.statistic is not None]
-    answers = log.every(
-        lambda rows: [column for _, one, place in counted for column in _statistic_values(rows, one, place)]
-    )
+    answers = log.every(functools.partial(_values_of_statistics, [(one, place) for _, one, place in counted]))
     for (feature, statistic, _), chosen, values in zip(counted, answers[::2], answers[1::2], strict=True):
         if chosen is None:
             raise ValueError("Expected which rows count for a statistic. Received nothing")
@@ -1248,11 +1257,15 @@ def _raw_of_log(
     log: Log, feature: FeatureDeclaration, encoded: EncodedFeature, parts: np.ndarray, states: _ItemStates
 ) -> Raw:
     """The raw columns of an item feature that is a column of the log, per state."""
-    (known,) = log.every(lambda rows: [_Column(rows, feature, encoded).known[rows.order]])
+    (known,) = log.every(functools.partial(_known_rows, feature, encoded))
     columns = [name for name in (feature.source_column, feature.weights) if name is not None]
     table = log.table_at(_rows_of_items(log, _flags(known), parts), columns)
     _warn_of_varying(log, encoded, table, columns[0], _flags(known))
     return _Column(log.any_rows(), feature, encoded, table).take(np.where(states.unseen, -1, states.item))
+
+
+def _known_rows(feature: FeatureDeclaration, encoded: EncodedFeature, rows: Rows) -> list[np.ndarray]:
+    return [_Column(rows, feature, encoded).known[rows.order]]
 
 
 def _flags(known: np.ndarray | None) -> np.ndarray:
@@ -1338,9 +1351,17 @@ def _names(log: Log, parts: np.ndarray, key: np.ndarray, item: np.ndarray) -> np
     if table.name == ITEMS:
         names = gather(table.scalars(name, "string"), rows.side_rows("item"))
     else:
-        (known,) = log.every(lambda rows: [rows.log.scalars(name, "string").is_not_null().to_numpy()[rows.order]])
+        (known,) = log.every(functools.partial(_named_rows, name))
         names = log.table_at(_rows_of_items(log, _flags(known), parts), [name]).scalars(name, "string")
     return np.array([str(key) if name is None else name for name, key in zip(names, key, strict=True)], object)[item]
+
+
+def _named_rows(name: str, rows: Rows) -> list[np.ndarray]:
+    return [rows.log.scalars(name, "string").is_not_null().to_numpy()[rows.order]]
+
+
+def _values_of_statistics(declared: Sequence[tuple[Statistic, str]], rows: Rows) -> list[np.ndarray | None]:
+    return [column for statistic, place in declared for column in _statistic_values(rows, statistic, place)]
 
 
 def _statistic_values(rows: Rows, declared: Statistic, place: str) -> tuple[np.ndarray, np.ndarray | None]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,9 @@ class Buckets:
         if ITEMS in self._sources:
             self.items = self._sources[ITEMS].read(self._columns[ITEMS], None)
 
+    def __reduce__(self) -> tuple:
+        return type(self), (for_workers(self.dataset), self._folder.absolute())
+
     def __len__(self) -> int:
         return len(self._written["rows"])
 
@@ -69,6 +73,12 @@ class Buckets:
             numbers_of_rows=frame[_NUMBER].to_numpy(),
             whole=None if columns else self._whole[name],
         )
+
+
+def for_workers(dataset: Dataset) -> Dataset:
+    """What is needed beside buckets by a process that may have another working directory."""
+    frames = {name: frame if name == ITEMS else frame.clear() for name, frame in dataset.frames.items()}
+    return dataclasses.replace(dataset, folder=dataset.folder.absolute(), frames=frames)
 
 
 class _WholeTable:

@@ -18,6 +18,7 @@ from mvke_tf.data.preparation import prepared_dataset
 from mvke_tf.engine import Engine
 from mvke_tf.errors import DataError
 from mvke_tf.io import checksums
+from tests.data import test_buckets
 from tests.small import small_dataset, small_log, small_toml
 
 pytestmark = pytest.mark.slow
@@ -27,6 +28,8 @@ DATASETS = {
     "frames": lambda folder: small_dataset(
         **{"features.age": {"tower": "user", "encode": "number", "scaling": "standard"}, "groups": None}
     ),
+    "item columns of the log": lambda folder: test_buckets.DATASETS["item columns of the log"](),
+    "no users": lambda folder: test_buckets.DATASETS["no users"](),
     # Paths are relative to the folder that the test is in.
     "files": lambda folder: Dataset.from_toml(os.path.relpath(small_toml(folder))),
 }
