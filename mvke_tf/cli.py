@@ -241,6 +241,10 @@ def positive_int(text: str) -> int:
     return value
 
 
+def _devices(text: str) -> int | str:
+    return text if text == "all" else positive_int(text)
+
+
 def _batch_size(text: str) -> int:
     value = positive_int(text)
     if value > MOST_BATCH:
@@ -587,6 +591,12 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="JSON or TOML file of settings, such as a run's config.json")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
     parser.add_argument("--log", nargs="+", choices=("mlflow",), default=(), help="log to MLflow, too (extra mlflow)")
+    parser.add_argument(
+        "--devices",
+        type=_devices,
+        default=1,
+        help="how many devices compute each batch together, or all of them; several under JAX only (default: 1)",
+    )
     add_settings(parser, "model", "training")
 
 
@@ -603,9 +613,9 @@ def _train(args: argparse.Namespace) -> None:
     from mvke_tf.training import train, train_run
 
     if args.resume:
-        result = train_run(Run.open(args.resume), log=args.log)
+        result = train_run(Run.open(args.resume), log=args.log, devices=args.devices)
     else:
-        result = train(prepared_of(args), config, args.run_name, args.runs_dir, log=args.log)
+        result = train(prepared_of(args), config, args.run_name, args.runs_dir, log=args.log, devices=args.devices)
     print(f"Best epoch {result.best_epoch} of {len(result.history)}: {result.run.checkpoint}")
     if result.examples_per_second:
         print(f"{result.examples_per_second:,.0f} training examples per second (median of the epochs)")

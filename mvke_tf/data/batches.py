@@ -130,6 +130,10 @@ class Shards:
         return dataclasses.replace(self, read=lambda number: change(self.read(number)))
 
 
+# Pairs of a batch: those with these numbers.
+_Part = tuple[Interactions, np.ndarray]
+
+
 class Batches:
     """Makes the batches of one `Interactions`, or of shards of them.
 
@@ -148,9 +152,20 @@ class Batches:
         pad: With `deduplicate`, the multiple to which the number of user states and of items is filled up by rows that
             no pair refers to; 0 fills nothing. JAX and XLA compile anew for every shape, and TensorFlow on CPU
             builds a oneDNN primitive for every new one (at batch 4096, `pad=64` was measured 8 % faster).
+        slices: Devices that compute a batch together. The pairs are cut into so many slices of equal size, filled up by
+            pairs of weight 0; with `deduplicate`, each slice has its own user states and items, as many as the others.
+        own: Those slices that are gathered here; all by default.
     """
 
-    def __init__(self, data: Interactions | Shards, batch_size: int, deduplicate: bool = False, pad: int = 0) -> None:
+    def __init__(
+        self,
+        data: Interactions | Shards,
+        batch_size: int,
+        deduplicate: bool = False,
+        pad: int = 0,
+        slices: int = 1,
+        own: range | None = None,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1. Received: {batch_size}")
         if pad < 0:
@@ -158,6 +173,7 @@ class Batches:
         if not len(data):
             raise ValueError("Expected at least one pair to make batches of. Received: no pair")
         self.data, self.batch_size, self.deduplicate, self.pad = data, batch_size, deduplicate, pad
+        self.slices, self.own = slices, range(slices) if own is None else own
         self.steps = -(-len(data) // batch_size)
         self._shards = Shards([len(data)], lambda number: data, 1) if isinstance(data, Interactions) else data
         self._whole = _Window.of([data], deduplicate) if isinstance(data, Interactions) else None
@@ -252,7 +268,7 @@ class Batches:
             skipped = 0
 
     def _batches(self, seed: tuple[int, int] | None, start: int) -> Iterator[tuple[dict[str, Any], ...]]:
-        parts: list[tuple[Interactions, np.ndarray]] = []
+        parts: list[_Part] = []
         missing = self.batch_size
         for window, order in self._windows(seed, start * self.batch_size):
             while len(order):
@@ -265,41 +281,78 @@ class Batches:
         if parts:
             yield self._batch(parts)
 
-    def _batch(self, parts: Sequence[tuple[Interactions, np.ndarray]]) -> tuple[dict[str, Any], ...]:
+    def _batch(self, parts: Sequence[_Part]) -> tuple[dict[str, Any], ...]:
+        pairs = sum(len(chosen) for _, chosen in parts)
+        every = _cut(parts, self.slices)
+        own = [part for number in self.own for part in every[number]]
         inputs: dict[str, np.ndarray] = {}
         for side, name in (("user", USER_ROWS), ("item", ITEM_ROWS)):
-            rows = [getattr(data, f"{side}_rows")[pairs] for data, pairs in parts]
+            rows = [getattr(data, f"{side}_rows")[chosen] for data, chosen in own]
             if self.deduplicate:
-                distinct = [_distinct(one) for one in rows]
-                rows = [one for _, one in distinct]
-                offsets = np.cumsum([0, *map(len, rows)])
-                codes = [code + begin for (code, _), begin in zip(distinct, offsets, strict=False)]
-                inputs[name] = _joined(codes).astype(np.int32)
-                if self.pad:
-                    fill = np.zeros(-offsets[-1] % self.pad, rows[-1].dtype)
-                    rows = [*rows[:-1], np.concatenate([rows[-1], fill])]
-            tables = [getattr(data, f"{side}s") for data, _ in parts]
+                rows, inputs[name] = self._distinct_rows(every, side)
+            tables = [getattr(data, f"{side}s") for data, _ in own]
             inputs |= {
                 column: _joined([table[column][one] for table, one in zip(tables, rows, strict=True)])
                 for column in tables[0]
             }
         labels = {
-            task: _column([np.asarray(data.labels[task])[pairs] for data, pairs in parts])
-            for task in parts[0][0].labels
+            task: _column([np.asarray(data.labels[task])[chosen] for data, chosen in own]) for task in own[0][0].labels
         }
-        if not parts[0][0].weights:
+        if not own[0][0].weights and self.slices == 1:
             return inputs, labels
         ones = np.ones(self.batch_size, np.float32)
         weights = {
             task: _column(
                 [
-                    np.asarray(data.weights[task])[pairs] if task in data.weights else ones[: len(pairs)]
-                    for data, pairs in parts
+                    np.asarray(data.weights[task])[chosen] if task in data.weights else ones[: len(chosen)]
+                    for data, chosen in own
                 ]
             )
             for task in labels
         }
+        height = -(-pairs // self.slices)
+        for column in weights.values():
+            column[max(pairs - self.own.start * height, 0) :] = 0
         return inputs, labels, weights
+
+    def _distinct_rows(self, every: Sequence[Sequence[_Part]], side: str) -> tuple[list[np.ndarray], np.ndarray]:
+        """Rows of entities of each part of the own slices, and of each pair its place in all slices' rows."""
+        found = [[_distinct(getattr(data, f"{side}_rows")[chosen]) for data, chosen in parts] for parts in every]
+        height = max(sum(len(rows) for _, rows in parts) for parts in found)
+        if self.pad:
+            height += -height % self.pad
+        rows: list[np.ndarray] = []
+        places: list[np.ndarray] = []
+        for number in self.own:
+            begin = number * height
+            for codes, one in found[number]:
+                places.append(codes + begin)
+                rows.append(one)
+                begin += len(one)
+            fill = np.zeros((number + 1) * height - begin, rows[-1].dtype)
+            rows[-1] = np.concatenate([rows[-1], fill])
+        return rows, _joined(places).astype(np.int32)
+
+
+def _cut(parts: Sequence[_Part], slices: int) -> list[list[_Part]]:
+    """The pairs of a batch in slices of equal size; the last pair fills up what is missing."""
+    if slices == 1:
+        return [list(parts)]
+    data, chosen = parts[-1]
+    missing = -sum(len(some) for _, some in parts) % slices
+    rest = [*parts[:-1], (data, np.concatenate([chosen, np.repeat(chosen[-1:], missing)]))]
+    size = sum(len(some) for _, some in rest) // slices
+    cut: list[list[_Part]] = []
+    for _ in range(slices):
+        cut.append([])
+        missing = size
+        while missing:
+            data, chosen = rest.pop(0)
+            cut[-1].append((data, chosen[:missing]))
+            if len(chosen) > missing:
+                rest.insert(0, (data, chosen[missing:]))
+            missing -= len(cut[-1][-1][1])
+    return cut
 
 
 def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -74,6 +74,11 @@ class EpochWatch(keras.callbacks.Callback):
         self.start = 0
 
 
+def is_due(step: int, kept: int, every: int, steps: int) -> bool:
+    """Whether the state is to be kept after a step, having been kept after another; not after the last of an epoch."""
+    return every > 0 and step - kept >= every and step != steps
+
+
 class RunKeeper(keras.callbacks.Callback):
     """Keeps a run directory up to date. The last of the callbacks: what they wrote of an epoch counts with its state.
 
@@ -113,7 +118,7 @@ class RunKeeper(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         step = self.start + batch + 1
-        if not self._every or step - self._kept < self._every or step == self.steps:
+        if not is_due(step, self._kept, self._every, self.steps):
             return
         self._kept = step
         if keras.backend.backend() == "jax":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -12,7 +13,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from mvke_tf.run import Run
 from mvke_tf.run_folder import History, best_epoch, is_finished, resume_command
 from mvke_tf.schema import ITEM_SAMPLING, Schema, Task
 from mvke_tf.training.callbacks import EpochLine, EpochWatch, RunKeeper
+from mvke_tf.training.devices import Devices, Led, chosen_devices, state_of
 from mvke_tf.training.fused_adam import FusedAdam
 from mvke_tf.training.memory import check_memory, describe_memory, table_memory
 from mvke_tf.training.monitoring import MlflowLogger, Monitor
@@ -80,6 +81,7 @@ def train(
     data_dir: Path = Path("data"),
     callbacks: Sequence[keras.callbacks.Callback] = (),
     log: Sequence[str] = (),
+    devices: int | str = 1,
 ) -> Result:
     """Prepares the data unless that has been done, makes a run directory and trains in it.
 
@@ -91,12 +93,14 @@ def train(
         data_dir: Where prepared data are kept, unless they are in a folder already.
         callbacks: More callbacks of the training, called when everything of an epoch is on the disk.
         log: Where its numbers go besides its folder: `"mlflow"`, or nowhere.
+        devices: How many devices compute each batch together, or `"all"`; several under JAX only.
 
     Returns:
         What was made; everything else is in the run directory.
 
     Raises:
-        ConfigError: If the settings do not fit the model or the tasks. No run directory is left behind.
+        ConfigError: If the settings do not fit the model or the tasks, or there are not so many devices. No run
+            directory is left behind.
         MissingExtraError: If MLflow is wanted and not installed. No run directory is left behind.
         DataError: If the data cannot be used. No run directory is left behind.
         RunError: If the run exists.
@@ -112,12 +116,12 @@ def train(
     prepared = data if isinstance(data, PreparedDataset) else prepared_dataset(data, data_dir)
     for note in training_notes(config):
         LOGGER.info("Note: %s", note)
-    training = _Training.of(prepared, config)
+    training = _Training.of(prepared, config, devices)
     if prepared.folder is None:
         prepared = copy.copy(prepared)
         prepared.folder = Path(data_dir) / "prepared" / f"{prepared.dataset.name}-{prepared.digest[:12]}"
         prepared.save(prepared.folder)
-    return _train(Run.create(folder, config, prepared), training, callbacks, log)
+    return _train(Run.create(folder, config, prepared), training, callbacks, log, devices)
 
 
 def _new_folder(runs_dir: Path, name: str | None, model: str) -> Path:
@@ -134,13 +138,16 @@ def _new_folder(runs_dir: Path, name: str | None, model: str) -> Path:
     return runs_dir / name
 
 
-def train_run(run: Run, callbacks: Sequence[keras.callbacks.Callback] = (), log: Sequence[str] = ()) -> Result:
+def train_run(
+    run: Run, callbacks: Sequence[keras.callbacks.Callback] = (), log: Sequence[str] = (), devices: int | str = 1
+) -> Result:
     """Trains the model of a run, new or interrupted, from its last finished epoch on.
 
     Args:
         run: A run directory.
         callbacks: As in `train`.
         log: As in `train`; a run that is logged to MLflow stays so.
+        devices: As in `train`; with the same number as before, a resumed training ends with the same bits.
 
     Returns:
         What was made; everything else is in the run directory.
@@ -152,7 +159,7 @@ def train_run(run: Run, callbacks: Sequence[keras.callbacks.Callback] = (), log:
         KeyboardInterrupt: After Ctrl-C, with the command that continues; nothing is left half-written.
     """
     _check_log(log)
-    return _train(run, None, callbacks, log)
+    return _train(run, None, callbacks, log, devices)
 
 
 def _check_log(log: Sequence[str]) -> None:
@@ -162,8 +169,24 @@ def _check_log(log: Sequence[str]) -> None:
         require_extra("mlflow", "mlflow")
 
 
+def follow(run: Run) -> None:
+    """Trains a run with all other processes of a training, but for the first, which keeps and says everything.
+
+    Args:
+        run: The run that `train_run` trains in the first process, with the devices of all.
+
+    Raises:
+        TrainingError: If the first process fails.
+    """
+    _Training.of(run.prepared, run.config, "all").fit(run)
+
+
 def _train(
-    run: Run, training: _Training | None, callbacks: Sequence[keras.callbacks.Callback], log: Sequence[str]
+    run: Run,
+    training: _Training | None,
+    callbacks: Sequence[keras.callbacks.Callback],
+    log: Sequence[str],
+    devices: int | str,
 ) -> Result:
     history = _history(run)
     finished = len(history)
@@ -181,7 +204,7 @@ def _train(
     else:
         with run.lock():
             try:
-                history = _trained(run, training, callbacks, log)
+                history = _trained(run, training, callbacks, log, devices)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"Continue with: {resume_command(run)}") from None
     speeds = [epoch["examples_per_second"] for epoch in history[finished:]]
@@ -203,12 +226,16 @@ def _history(run: Run) -> History:
 
 
 def _trained(
-    run: Run, training: _Training | None, callbacks: Sequence[keras.callbacks.Callback], log: Sequence[str]
+    run: Run,
+    training: _Training | None,
+    callbacks: Sequence[keras.callbacks.Callback],
+    log: Sequence[str],
+    devices: int | str,
 ) -> History:
     """The history of a run that no other process trains, when all its epochs are done."""
     history = _history(run)
     if not is_finished(history, run.config.training):
-        return (training or _Training.of(run.prepared, run.config)).fit(run, callbacks, log)
+        return (training or _Training.of(run.prepared, run.config, devices)).fit(run, callbacks, log)
     LOGGER.info("All %d epochs of %s have finished already.", len(history), run.folder)
     _write_best(run, history, run.load_model())
     return history
@@ -226,6 +253,8 @@ class _Training:
         batches: Batches of the training part.
         plain: The model to checkpoint.
         model: The compiled model to train, which shares its weights.
+        devices: The devices that train together; None for one.
+        shared: The compiled model to train on several devices; `model` gets its weights.
     """
 
     prepared: PreparedDataset
@@ -235,13 +264,15 @@ class _Training:
     batches: Batches
     plain: TwoTowerModel
     model: keras.Model
+    devices: Devices | None = None
+    shared: keras.Model | None = None
 
     @classmethod
-    def of(cls, prepared: PreparedDataset, config: RunConfig) -> _Training:
+    def of(cls, prepared: PreparedDataset, config: RunConfig, devices: int | str) -> _Training:
         """Sets all seeds, checks the data and builds the model.
 
         Raises:
-            ConfigError: If the settings do not fit the tasks of the data.
+            ConfigError: If the settings do not fit the tasks of the data, or there are not so many devices.
             DataError: If there is nothing to learn from.
         """
         set_seed(config.training)
@@ -250,14 +281,24 @@ class _Training:
         config.check_tasks(names)
         schema = prepared.schema(names, config.model.objective)
         check_memory(table_memory(schema, config))
+        together = chosen_devices(devices, table_memory(schema, config))
         parts = {part: prepared.shards(part, names, config.model.objective) for part in ("train", "validation")}
         _check_parts(prepared.dataset.name, parts, schema.tasks)
         data = parts["train"]
         if config.training.in_batch_weight:
             data = _with_sampling(data, prepared.items.key)
-        batches = Batches(data, config.training.batch_size, config.training.deduplicate, DISTINCT_MULTIPLE)
+        batches = Batches(
+            *(data, config.training.batch_size, config.training.deduplicate, DISTINCT_MULTIPLE),
+            *(() if together is None else (len(together), together.own)),
+        )
         plain, model = build_training_model(config, schema, batches.steps)
-        return cls(prepared, config, schema, parts, batches, plain, model)
+        shared = None
+        if together is not None:
+            with together.scope():
+                shared = build_training_model(config, schema, batches.steps)[1]
+            for variable, own in zip(state_of(shared), state_of(model), strict=True):
+                variable.assign(keras.ops.convert_to_numpy(own))
+        return cls(prepared, config, schema, parts, batches, plain, model, together, shared)
 
     def _megabytes(self) -> tuple[float, float]:
         """Size of the weights alone, and with the state of the optimizer."""
@@ -273,9 +314,13 @@ class _Training:
         Returns:
             The whole history.
         """
-        config, model, data = self.config.training, self.model, self.parts["train"]
+        config, model, data = self.config.training, self.shared or self.model, self.parts["train"]
         history, progress = run.restore_state(model), run.progress()
         start = progress.step if progress else 0
+        if self.devices is not None and not self.devices.is_first:
+            led = Led(self.devices, (), self.model, history, config.checkpoint_steps, self.batches.steps, progress)
+            self._fit_epochs(model, history, [led], led)
+            return history
         if start:
             LOGGER.info("Continuing %s after batch %s of epoch %d.", run.folder, f"{start:,}", len(history) + 1)
         elif history:
@@ -328,18 +373,13 @@ class _Training:
         if tracker is not None:
             tracker.catch_up(history)
             every.append(tracker)
+        if self.devices is not None:
+            LOGGER.info("%s", self.devices.describe())
+            steps = config.checkpoint_steps, self.batches.steps
+            every = [Led(self.devices, every, self.model, history, *steps, progress)]
         status = "FAILED"
         try:
-            # One call per epoch, whose data end with it: steps_per_execution would read on into the next one otherwise.
-            while not is_finished(history, config):
-                model.fit(
-                    self.batches.epoch(config.seed, len(history), keeper.start),
-                    epochs=config.epochs,
-                    initial_epoch=len(history),
-                    shuffle=False,
-                    verbose=0,
-                    callbacks=every,
-                )
+            self._fit_epochs(model, history, every, keeper)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -353,6 +393,22 @@ class _Training:
             self.plain.load_weights(run.checkpoint)
         _write_best(run, history, self.plain)
         return history
+
+    def _fit_epochs(
+        self, model: keras.Model, history: History, callbacks: list[keras.callbacks.Callback], keeper: RunKeeper | Led
+    ) -> None:
+        config = self.config.training
+        with contextlib.nullcontext() if self.devices is None else self.devices.scope():
+            # One call per epoch, whose data end with it: steps_per_execution would read on into the next one otherwise.
+            while not is_finished(history, config):
+                model.fit(
+                    self.batches.epoch(config.seed, len(history), keeper.start),
+                    epochs=config.epochs,
+                    initial_epoch=len(history),
+                    shuffle=False,
+                    verbose=0,
+                    callbacks=callbacks,
+                )
 
 
 def _check_parts(name: str, parts: dict[str, Interactions | Shards], tasks: tuple[Task, ...]) -> None:
@@ -497,7 +553,7 @@ def loss_weights(config: RunConfig, schema: Schema) -> dict[str, float] | None:
     return dict(zip(config.model.tasks or schema.task_names, weights, strict=True)) if weights else None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _dtype_policy(name: str) -> Iterator[None]:
     """Layers made inside have this dtype policy."""
     before = keras.config.dtype_policy()

@@ -323,3 +323,39 @@ def test_the_order_of_an_epoch_is_pinned(data):
     """A run that was interrupted by an earlier version goes on with the same batches."""
     assert order(read(Batches(data, BATCH).epoch(7, 3)))[:8] == PINNED[False]
     assert order(read(Batches(data, BATCH, deduplicate=True).epoch(7, 3)))[:8] == PINNED[True]
+
+
+@pytest.mark.parametrize("pad", [0, 8])
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_slices_are_the_batch(data, deduplicate, pad):
+    """What each of three devices gets, one of them in a process of its own, is together what one device gets."""
+    whole = list(Batches(data, BATCH, deduplicate, pad).arrays(1, 0))
+    first, rest = (list(Batches(data, BATCH, deduplicate, pad, 3, own).arrays(1, 0)) for own in (range(1), range(1, 3)))
+    assert len(whole) == len(first) == len(rest) == STEPS
+    for (_, labels), *parts in zip(whole, first, rest, strict=True):
+        pairs = len(labels["pair"])
+        height = -(-pairs // 3)
+        assert [len(part_labels["pair"]) for _, part_labels, _ in parts] == [height, 2 * height]
+        inputs, together, weights = (
+            {name: np.concatenate([part[number][name] for part in parts]) for name in parts[0][number]}
+            for number in range(3)
+        )
+        check_batches(data, [(inputs, together)])
+        for task in labels:
+            np.testing.assert_array_equal(together[task][:pairs], labels[task])
+            np.testing.assert_array_equal(weights[task][:, 0], np.arange(3 * height) < pairs)
+        if deduplicate:
+            rows = len(inputs["user_id"]) // 3
+            assert [len(part["user_id"]) for part, _, _ in parts] == [rows, 2 * rows]
+            assert not pad or rows % pad == 0
+            np.testing.assert_array_equal(inputs["user_rows"] // rows, np.repeat(np.arange(3), height))
+
+
+def test_slices_keep_weights(data):
+    weighted = dataclasses.replace(data, weights={"click": np.arange(PAIRS, dtype=np.float32)})
+    parts = [list(Batches(weighted, BATCH, True, 0, 2, range(n, n + 1)).arrays(1, 0))[-1] for n in (0, 1)]
+    # Three pairs, of which the last one fills up.
+    assert [part[2]["pair"][:, 0].tolist() for part in parts] == [[1, 1], [1, 0]]
+    last = [int(pair) for part in parts for pair in part[1]["pair"][:, 0]]
+    assert last[2] == last[3]
+    assert [float(weight) for part in parts for weight in part[2]["click"][:, 0]] == [*last[:3], 0]

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on several devices equals training on one; that of several processes goes on after one is killed."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
+from mvke_tf.data.preparation import prepare
+from mvke_tf.data.store import PreparedDataset
+from mvke_tf.errors import ConfigError
+from mvke_tf.evaluation import evaluate_run
+from mvke_tf.run import Run
+from mvke_tf.training import train
+from tests.small import SMALL, small_dataset, small_prepared, small_toml
+from tests.training.helpers import assert_same_history, assert_same_state, state
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+# Nothing is drawn at random in a step: what is drawn depends on the shapes of the slices.
+MODEL = ModelConfig(
+    embedding_dim=4,
+    hidden_dims=(6,),
+    num_virtual_kernels=3,
+    virtual_kernel_stddev=0.5,
+    embedding_stddev=0.5,
+    dropout_rate=0.0,
+    embedding_dropout_rate=0.0,
+)
+# The last batch of an epoch has an odd number of pairs.
+TRAINING = TrainingConfig(epochs=3, batch_size=45, learning_rate=0.03, patience=0, monitor_images_epochs=0)
+SETTINGS = {
+    "default": {"checkpoint_steps": 2},
+    "sparse": {"deduplicate": False, "embedding_optimizer": "lazy_adam", "batch_size": 48},
+    "pcgrad": {"loss_weighting": "pcgrad"},
+}
+
+
+# Where they are trained on two devices of one process, too.
+OF_DEVICES = ("default", "sparse")
+
+
+def start(runs: list[Path], processes: int = 1, devices: int = 1, kill_at: int = 0) -> list[subprocess.Popen]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    environment = {
+        **os.environ,
+        **{"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+        **{"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)},
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests/training/several_devices.py"]
+            + [str(number) for number in (rank, processes, port, kill_at)]
+            + [str(run) for run in runs],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+def finished(started: list[subprocess.Popen]) -> list[str]:
+    said = [process.communicate(timeout=500)[0] for process in started]
+    for process, text in zip(started, said, strict=True):
+        assert process.returncode == 0, text
+    return said
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, dict[str, Run]]:
+    """Runs of all settings, trained on one device, on two of one process, and on one each of two processes."""
+    folder = tmp_path_factory.mktemp("devices")
+    features = {
+        name: {key: value for key, value in feature.items() if not key.startswith("unknown_")}
+        for name, feature in SMALL["features"].items()
+    }
+    dataset = small_dataset(features=features)
+    prepare(dataset).save(folder / "prepared" / "small")
+    prepared = PreparedDataset.load(folder / "prepared" / "small")
+    runs: dict[str, dict[str, Run]] = {}
+    for name, arguments in {"one": {}, "devices": {"devices": 2}, "processes": {"processes": 2}}.items():
+        runs[name] = {
+            settings: Run.create(
+                folder / name / settings, RunConfig(MODEL, dataclasses.replace(TRAINING, **values)), prepared
+            )
+            for settings, values in SETTINGS.items()
+        }
+        said = finished(start([run.folder for run in runs[name].values()], **arguments))
+        assert ("2 devices (cpu)" in said[0]) == (name != "one")
+        if name != "one":
+            assert "They share the rows of the tables of" in said[0]
+            assert "They share the columns of the tables of" in said[0]
+            # Tables and two moments of each, in each of three epochs.
+            assert said[0].count(f"shared variables: {3 * 8}\n") == 3 * len(runs[name])
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("several", "settings"), [("devices", name) for name in OF_DEVICES] + [("processes", name) for name in SETTINGS]
+)
+def test_losses_and_weights_of_one_device(trained, several, settings):
+    one, other = trained["one"][settings], trained[several][settings]
+    losses, others = (json.loads((run.folder / "losses.json").read_text()) for run in (one, other))
+    assert len(losses) == 3 * math.ceil(7 * 48 / one.config.training.batch_size)
+    assert losses[-1] < losses[0] - 0.01
+    np.testing.assert_allclose(others, losses, atol=1e-4)
+    for ours, theirs in zip(one.history(), other.history(), strict=True):
+        for name, value in theirs.items():
+            # Keras weighs the last batch by its rows, those that fill it up included.
+            tolerance = 1e-3 if name.endswith("_loss") and not name.startswith("val_") else 1e-4
+            if name != "examples_per_second":
+                assert value == pytest.approx(ours[name], abs=tolerance), name
+    kept, others = state(one), state(other)
+    assert kept.keys() == others.keys()
+    for name, array in kept.items():
+        np.testing.assert_allclose(others[name], array, atol=2e-3, err_msg=name)
+
+
+def test_what_processes_have_trained_is_the_same_under_tensorflow(trained):
+    run = trained["processes"]["default"]
+    best = max(run.history(), key=lambda epoch: epoch["val_score"])
+    report = evaluate_run(run, "validation")["validation"]
+    for task in run.prepared.task_names():
+        assert report[task]["auc"] == pytest.approx(best[f"val_{task}_auc"], abs=1e-6)
+
+
+def test_a_killed_process_ends_all_and_resuming_ends_with_the_same_bits(trained, tmp_path):
+    unbroken = trained["processes"]["default"]
+    broken = Run.create(tmp_path / "broken", unbroken.config, unbroken.prepared)
+    killed = start([broken.folder], processes=2, kill_at=6)
+    assert killed[1].wait(500) == -signal.SIGKILL
+    assert killed[0].wait(500) != 0, killed[0].stdout.read()
+    assert (len(broken.history()), broken.progress().step) == (1, 4)
+    said = finished(start([broken.folder], processes=2))
+    assert "after batch 4 of epoch 2" in said[0]
+    assert_same_state(state(broken), state(unbroken))
+    assert_same_history(broken.history(), unbroken.history())
+
+
+def test_devices_that_are_not_there_are_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"under JAX only. Received: devices 3, of 1,"):
+        train(small_prepared(), None, "one", tmp_path / "runs", tmp_path / "data", devices=3)
+    assert not (tmp_path / "runs").exists()
+    said = subprocess.run(
+        [sys.executable, "-m", "mvke_tf", "train", "--data", str(small_toml(tmp_path)), "--devices", "3"],
+        cwd=tmp_path,
+        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 2
+    assert "error: There are 1 devices (cpu). Received: 3." in said.stderr
+    assert not (tmp_path / "runs").exists()
