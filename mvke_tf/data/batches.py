@@ -132,6 +132,8 @@ class Shards:
 
 # Pairs of a batch: those with these numbers.
 _Part = tuple[Interactions, np.ndarray]
+# Of an order; None is that of the pairs.
+_Seed = tuple[int, int] | None
 
 
 class Batches:
@@ -180,7 +182,7 @@ class Batches:
 
     def in_order(self) -> Any:
         """One epoch in the order of the pairs, of known length."""
-        return self._dataset(lambda: None)
+        return self._dataset(None)
 
     def shuffled(self, seed: int) -> Any:
         """One epoch in a new seeded order each time it is iterated, of known length: for `model.fit` by hand."""
@@ -193,27 +195,28 @@ class Batches:
         Returns:
             A `tf.data.Dataset` under TensorFlow, else a `keras.utils.PyDataset`.
         """
-        return self._dataset(lambda: (seed, number), start)
+        return self._dataset((seed, number), start)
 
     def arrays(self, seed: int, number: int, start: int = 0) -> Iterator[tuple[dict[str, Any], ...]]:
         """The same as NumPy arrays."""
         return self._batches((seed, number), start)
 
-    def _dataset(self, seed: Callable[[], tuple[int, int] | None], start: int = 0) -> Any:
-        """An epoch in the order of the seed that each iteration asks for."""
+    def _dataset(self, seed: _Seed | Callable[[], _Seed], start: int = 0) -> Any:
+        """An epoch in the order of a seed, or of that which each iteration asks for."""
+        asked = seed if callable(seed) else lambda: seed
         if keras.backend.backend() != "tensorflow":
-            return _Epoch(lambda step: self._batches(seed(), start + step), self.steps - start)
+            return _Epoch(lambda step: self._batches(asked(), start + step), self.steps - start)
         import tensorflow as tf
 
         with tf.device("CPU"):
             if self._whole:
                 dataset = self._gathered(self._whole, seed, start)
             else:
-                dataset = _tf_dataset(lambda: self._batches(seed(), start), self._example)
+                dataset = _tf_dataset(lambda: self._batches(asked(), start), self._example)
             dataset = dataset.apply(tf.data.experimental.assert_cardinality(self.steps - start))
         return without_autotuning(dataset.prefetch(PREFETCHED))
 
-    def _gathered(self, whole: _Window, seed: Callable[[], tuple[int, int] | None], start: int) -> Any:
+    def _gathered(self, whole: _Window, seed: _Seed | Callable[[], _Seed], start: int) -> Any:
         """The same batches as `_batches`, gathered by TensorFlow: a third of NumPy's time at batch 256."""
         import tensorflow as tf
 
@@ -231,9 +234,13 @@ class Batches:
                 inputs |= {column: tf.gather(values, found) for column, values in table.items()}
             return inputs, *({task: tf.gather(column, pairs) for task, column in one.items()} for one in by_task)
 
-        orders = tf.data.Dataset.from_generator(
-            lambda: [whole.permuted(seed())], output_signature=tf.TensorSpec((None,), tf.int32)
-        )
+        if callable(seed):
+            orders = tf.data.Dataset.from_generator(
+                lambda: [whole.permuted(seed())], output_signature=tf.TensorSpec((None,), tf.int32)
+            )
+        else:
+            # TensorFlow never lets go of a generator, nor of the data that it knows.
+            orders = tf.data.Dataset.from_tensors(tf.constant(whole.permuted(seed), tf.int32))
         return orders.flat_map(
             lambda order: tf.data.Dataset.range(start, self.steps, output_type=tf.int32).map(
                 lambda step: batch(order, step), num_parallel_calls=PREFETCHED, deterministic=True
@@ -245,7 +252,7 @@ class Batches:
         largest = int(np.argmax(self._shards.sizes))
         return self._batch([(self._shards.read(largest), np.arange(1))])
 
-    def _windows(self, seed: tuple[int, int] | None, skipped: int) -> Iterator[tuple[_Window, np.ndarray]]:
+    def _windows(self, seed: _Seed, skipped: int) -> Iterator[tuple[_Window, np.ndarray]]:
         """Windows of an epoch and the order of their pairs, without the first pairs."""
         sizes, per_window = np.asarray(self._shards.sizes), self._shards.per_window
         order = np.arange(len(sizes))
@@ -267,7 +274,7 @@ class Batches:
             yield window, pair_order[skipped:]
             skipped = 0
 
-    def _batches(self, seed: tuple[int, int] | None, start: int) -> Iterator[tuple[dict[str, Any], ...]]:
+    def _batches(self, seed: _Seed, start: int) -> Iterator[tuple[dict[str, Any], ...]]:
         parts: list[_Part] = []
         missing = self.batch_size
         for window, order in self._windows(seed, start * self.batch_size):
@@ -405,7 +412,7 @@ class _Window:
         offset = np.arange(len(self.data)) - np.repeat(np.cumsum(count) - count, count)
         return self.by_user[np.repeat(start, count) + offset]
 
-    def permuted(self, seed: tuple[int, int] | None) -> np.ndarray:
+    def permuted(self, seed: _Seed) -> np.ndarray:
         """The order of the pairs where the window is the whole epoch."""
         return np.arange(len(self.data)) if seed is None else self.order(lambda count: permutation(count, seed))
 

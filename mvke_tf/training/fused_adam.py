@@ -33,3 +33,10 @@ class FusedAdam(keras.optimizers.Adam):
             epsilon=tf.constant(self.epsilon, variable.dtype),
             grad=tf.cast(tf.convert_to_tensor(gradient), variable.dtype),
         )
+
+    def _all_reduce_sum_gradients(self, grads_and_vars):
+        # What Keras does for one device, where there is nothing to reduce, TensorFlow keeps for ever: the graph of the
+        # step, and with it all variables.
+        import tensorflow as tf
+
+        return super()._all_reduce_sum_gradients(grads_and_vars) if tf.distribute.has_strategy() else grads_and_vars

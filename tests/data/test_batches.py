@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import gc
 import itertools
 import warnings
+import weakref
 
 import keras
 import numpy as np
@@ -225,6 +227,15 @@ def test_padding_fills_up_to_a_multiple(data, pad):
                 np.testing.assert_array_equal(wide[name][:count], inputs[name])
                 assert (wide[name][count:] == column[0]).all()
                 assert wide[rows].max() < count
+
+
+def test_an_epoch_that_is_over_lets_go_of_its_data(data):
+    batches = Batches(data, BATCH, deduplicate=True)
+    assert len(read(batches.epoch(0, 0))) == STEPS
+    window = weakref.ref(batches._whole)
+    del batches
+    gc.collect()
+    assert window() is None
 
 
 def test_pairs_of_one_state_stay_together(data):

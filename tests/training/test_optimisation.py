@@ -3,6 +3,8 @@
 
 import csv
 import dataclasses
+import gc
+import weakref
 
 import keras
 import numpy as np
@@ -46,6 +48,17 @@ def weights_after(batches, **settings):
     for rows in batches:
         model.train_on_batch(cut_rows(SIX, rows), cut_rows(LABELS, rows))
     return plain.get_weights()
+
+
+def test_a_training_that_is_over_lets_go_of_its_variables():
+    model = build(deduplicate=False)[1]
+    model.train_on_batch(SIX, LABELS)
+    kept = [weakref.ref(variable.value.handle) for variable in model.optimizer.variables]
+    assert all(handle() is not None for handle in kept)
+    del model
+    keras.utils.clear_session(free_memory=True)
+    gc.collect()
+    assert [handle() for handle in kept] == [None] * len(kept)
 
 
 def gradients_after(batches, **settings):
