@@ -597,22 +597,39 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="how many devices compute each batch together, or all of them; several under JAX only (default: 1)",
     )
+    _add_engine(parser, "train together, with all devices that they have; several need --engine ray")
     add_settings(parser, "model", "training")
 
 
 def _check_train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.resume and (args.run_name or args.config or given_settings(args)):
         parser.error("--resume continues a run with the settings in its config.json; leave the other settings out.")
+    if args.engine == "local" and args.workers > 1:
+        parser.error("--workers needs --engine ray; on this machine --devices says how many devices train together.")
+    if args.engine == "ray" and args.devices != 1:
+        parser.error("--devices is of this process; with --engine ray all devices of --workers processes are used.")
 
 
 def _train(args: argparse.Namespace) -> None:
     """Trains a model, or continues an interrupted training."""
     config = None if args.resume else read_settings(args, args.config)
+    if args.engine == "ray":
+        require_extra("ray", "ray")
+        # This process computes nothing.
+        os.environ |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
     import_backend()
     from mvke_tf.run import Run
-    from mvke_tf.training import train, train_run
+    from mvke_tf.training import new_run, train, train_run
 
-    if args.resume:
+    if args.engine == "ray":
+        from mvke_tf.training.launch import train_on_ray
+
+        if args.resume:
+            run = Run.open(args.resume)
+        else:
+            run = new_run(prepared_of(args), config, args.run_name, args.runs_dir, args.data_dir)
+        result = train_on_ray(run, args.workers, args.log)
+    elif args.resume:
         result = train_run(Run.open(args.resume), log=args.log, devices=args.devices)
     else:
         result = train(prepared_of(args), config, args.run_name, args.runs_dir, log=args.log, devices=args.devices)

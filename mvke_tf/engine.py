@@ -192,6 +192,11 @@ def _serve(connection: Connection) -> None:
         connection.send_bytes(answer)
 
 
+def quieten_ray() -> None:
+    """What every process of Ray does first: no warning, several times a second, that there is no dashboard."""
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+
+
 def _that_can_be_sent(error: Exception) -> Exception:
     text = "".join(traceback.format_exception(error))
     error.add_note(f"In a worker process:\n{text}")

@@ -61,7 +61,8 @@ class Result:
         best_epoch: Epoch of the best checkpoint, from 1.
         examples_per_second: Median over the epochs trained now, rows of the log per second of training; None if none
             was.
-        peak_memory: Most memory the process has held, in bytes; on a GPU also `gpu_peak_memory`. None on Windows.
+        peak_memory: Most memory the process has held, in bytes; on a GPU also `gpu_peak_memory`. None on Windows, and
+            of a training in other processes.
         gpu_peak_memory: Most memory held on the first GPU, in bytes; None without one.
     """
 
@@ -69,8 +70,8 @@ class Result:
     history: History
     best_epoch: int
     examples_per_second: float | None
-    peak_memory: int | None
-    gpu_peak_memory: int | None
+    peak_memory: int | None = None
+    gpu_peak_memory: int | None = None
 
 
 def train(
@@ -106,8 +107,31 @@ def train(
         RunError: If the run exists.
         TrainingError: If the loss becomes NaN or infinite.
     """
-    config = config or RunConfig()
     _check_log(log)
+    run, training = _new(data, config, run_name, runs_dir, data_dir, devices)
+    return _train(run, training, callbacks, log, devices)
+
+
+def new_run(
+    data: Dataset | PreparedDataset,
+    config: RunConfig | None = None,
+    run_name: str | None = None,
+    runs_dir: Path = Path("runs"),
+    data_dir: Path = Path("data"),
+) -> Run:
+    """A new run directory of checked settings and data, to be trained by `train_run` or `train_on_ray`: see `train`."""
+    return _new(data, config, run_name, runs_dir, data_dir, 1)[0]
+
+
+def _new(
+    data: Dataset | PreparedDataset,
+    config: RunConfig | None,
+    run_name: str | None,
+    runs_dir: Path,
+    data_dir: Path,
+    devices: int | str,
+) -> tuple[Run, _Training]:
+    config = config or RunConfig()
     check_model(config.model.name, len(config.model.tasks) or None)
     folder = _new_folder(Path(runs_dir), run_name, config.model.name)
     if folder.exists():
@@ -121,7 +145,7 @@ def train(
         prepared = copy.copy(prepared)
         prepared.folder = Path(data_dir) / "prepared" / f"{prepared.dataset.name}-{prepared.digest[:12]}"
         prepared.save(prepared.folder)
-    return _train(Run.create(folder, config, prepared), training, callbacks, log, devices)
+    return Run.create(folder, config, prepared), training
 
 
 def _new_folder(runs_dir: Path, name: str | None, model: str) -> Path:
@@ -207,15 +231,15 @@ def _train(
                 history = _trained(run, training, callbacks, log, devices)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"Continue with: {resume_command(run)}") from None
-    speeds = [epoch["examples_per_second"] for epoch in history[finished:]]
-    return Result(
-        run,
-        history,
-        best_epoch(history) + 1,
-        float(np.median(speeds)) if speeds else None,
-        _peak_memory(),
-        _gpu_peak_memory(),
+    return dataclasses.replace(
+        result_of(run, history, finished), peak_memory=_peak_memory(), gpu_peak_memory=_gpu_peak_memory()
     )
+
+
+def result_of(run: Run, history: History, before: int = 0) -> Result:
+    """What a training has made of which so many epochs were there before; without the memory that was used."""
+    speeds = [epoch["examples_per_second"] for epoch in history[before:]]
+    return Result(run, history, best_epoch(history) + 1, float(np.median(speeds)) if speeds else None)
 
 
 def _history(run: Run) -> History:

@@ -9,13 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
-from mvke_tf.data.preparation import prepare
+from mvke_tf.data.buckets import prepare_in_buckets
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError
 from mvke_tf.evaluation import evaluate_run
@@ -46,6 +47,17 @@ SETTINGS = {
 }
 
 
+ON_RAY = """
+import sys
+from pathlib import Path
+import ray
+from mvke_tf.run import Run
+from mvke_tf.training.launch import train_on_ray
+
+ray.init(num_cpus=2, include_dashboard=False, runtime_env={"worker_process_setup_hook": "mvke_tf.engine.quieten_ray"})
+for folder in sys.argv[1:]:
+    print(train_on_ray(Run.open(Path(folder)), 2).best_epoch)
+"""
 # Where they are trained on two devices of one process, too.
 OF_DEVICES = ("default", "sparse")
 
@@ -82,14 +94,14 @@ def finished(started: list[subprocess.Popen]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[str, dict[str, Run]]:
-    """Runs of all settings, trained on one device, on two of one process, and on one each of two processes."""
+    """Runs of all settings, on data in buckets: of one device, two devices of one process, and two processes."""
     folder = tmp_path_factory.mktemp("devices")
     features = {
         name: {key: value for key, value in feature.items() if not key.startswith("unknown_")}
         for name, feature in SMALL["features"].items()
     }
     dataset = small_dataset(features=features)
-    prepare(dataset).save(folder / "prepared" / "small")
+    prepare_in_buckets(dataset, folder / "prepared" / "small", "contents", 4)
     prepared = PreparedDataset.load(folder / "prepared" / "small")
     runs: dict[str, dict[str, Run]] = {}
     for name, arguments in {"one": {}, "devices": {"devices": 2}, "processes": {"processes": 2}}.items():
@@ -149,6 +161,37 @@ def test_a_killed_process_ends_all_and_resuming_ends_with_the_same_bits(trained,
     assert "after batch 4 of epoch 2" in said[0]
     assert_same_state(state(broken), state(unbroken))
     assert_same_history(broken.history(), unbroken.history())
+
+
+def test_on_ray_a_killed_process_begins_again_and_the_end_has_the_same_bits(trained, tmp_path, monkeypatch):
+    environment = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    like = trained["processes"]["default"]
+    unbroken, broken = (Run.create(tmp_path / name, like.config, like.prepared) for name in ("unbroken", "broken"))
+    started = time.time()
+    with subprocess.Popen(
+        [sys.executable, "-c", ON_RAY, str(unbroken.folder), str(broken.folder)],
+        env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        while not broken.state_file.is_file() and process.poll() is None and time.time() < started + 400:
+            time.sleep(0.01)
+        workers = [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if path.read_bytes().startswith(b"ray::RayTrainWorker")
+        ]
+        assert workers
+        os.kill(max(workers), signal.SIGKILL)
+        said = process.communicate(timeout=500)[0]
+    assert process.returncode == 0, said
+    assert said.count("Continuing") == 1, said
+    assert_same_state(state(broken), state(unbroken))
+    assert_same_history(broken.history(), unbroken.history())
+    for ours, theirs in zip(like.history(), unbroken.history(), strict=True):
+        assert theirs["val_loss"] == pytest.approx(ours["val_loss"], abs=1e-4)
+    assert not (broken.folder / "ray").exists()
 
 
 def test_devices_that_are_not_there_are_an_error(tmp_path):
