@@ -43,20 +43,22 @@ class Engine:
             the Ray cluster that this process is connected to, that `RAY_ADDRESS` names or that runs here, and else of
             one that is started here and lasts as long as the engine. All machines must see the same files.
         workers: How many pieces are worked on at a time.
+        gpus_per_worker: GPUs of each task of a Ray cluster that has some; other workers have none. This process has
+            what it has.
 
     Raises:
         ConfigError: If there is no such engine, or no worker.
         MissingExtraError: If Ray is not installed.
     """
 
-    def __init__(self, kind: str = "local", workers: int = 1) -> None:
+    def __init__(self, kind: str = "local", workers: int = 1, gpus_per_worker: int = 0) -> None:
         if kind not in ENGINES:
             raise ConfigError(f"The engine must be one of {ENGINES}. Received: {kind!r}")
         if workers < 1:
             raise ConfigError(f"Expected at least one worker. Received: {workers}")
         if kind == "ray":
             require_extra("ray", "ray")
-        self.kind, self.workers = kind, workers
+        self.kind, self.workers, self.gpus_per_worker = kind, workers, gpus_per_worker
         self._pool: _Pool | None = None
 
     @property
@@ -94,10 +96,10 @@ class Engine:
             yield from map(function, items)
             return
         if self._pool is None:
-            self._pool = _RayTasks() if self.kind == "ray" else _Processes()
+            self._pool = _RayTasks(self.gpus_per_worker) if self.kind == "ray" else _Processes()
         pool, left, order = self._pool, iter(items), collections.deque[Any]()
         # Read in this order: a backend is chosen when it is first imported.
-        pool.begin(pickle.dumps((__version__, _environment(), pickle.dumps(function))))
+        pool.begin(pickle.dumps((__version__, _environment(pool.gpus), pickle.dumps(function))))
         running: set[Any] = set()
         done = False
         try:
@@ -124,6 +126,9 @@ class Engine:
 class _Pool(Protocol):
     """Where work is done: `start` returns a handle for an item of the function that `begin` has been given."""
 
+    # Of each worker.
+    gpus: int
+
     def begin(self, function: bytes) -> None: ...
 
     def start(self, item: Any) -> Any: ...
@@ -136,10 +141,11 @@ class _Pool(Protocol):
     def close(self) -> None: ...
 
 
-def _environment() -> dict[str, str]:
-    """What workers have in theirs: the backend of this process, and no GPU, of which each would take all memory."""
+def _environment(gpus: int) -> dict[str, str]:
+    """What workers have in theirs: the backend of this process, and no GPU but their own: each takes all its memory."""
     shared = {name: os.environ[name] for name in ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL") if name in os.environ}
-    return shared | {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
+    # Ray shows a task its own.
+    return shared if gpus else shared | {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
 
 
 @functools.lru_cache(maxsize=1)
@@ -249,6 +255,8 @@ class _Job:
 class _Processes:
     """Processes of this machine, which are started when they are needed."""
 
+    gpus = 0
+
     def __init__(self) -> None:
         self._function = b""
         self._workers: list[_Worker] = []
@@ -309,7 +317,7 @@ class _Processes:
 class _RayTasks:
     """Tasks of a Ray cluster."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpus: int) -> None:
         import ray
 
         self._ray = ray
@@ -317,7 +325,8 @@ class _RayTasks:
         if self._started:
             # Connects to a cluster that is there.
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-        self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(_work)
+        self.gpus = gpus if ray.cluster_resources().get("GPU") else 0
+        self._task = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=RETRIES)(_work)
         self._function: Any = None
         self._running: set[Any] = set()
 

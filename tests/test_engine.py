@@ -3,6 +3,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from mvke_tf.engine import RETRIES, Engine, EngineError
 from mvke_tf.errors import ConfigError, DataError, MvkeError
+from tests.conftest import REPOSITORY
 
 
 class Counted:
@@ -125,6 +128,32 @@ def test_workers_of_another_version(monkeypatch):
     monkeypatch.setattr("mvke_tf.engine.__version__", "0.0.1")
     with Engine("local", 2) as engine, pytest.raises(EngineError, match=r"Expected 0\.0\.1, as here"):
         list(engine.map(refuse, [0]))
+
+
+ON_GPUS = """
+import ray, sys
+from mvke_tf.engine import Engine
+from tests.test_engine import devices
+
+ray.init(num_cpus=2, num_gpus=int(sys.argv[1]), include_dashboard=False, log_to_driver=False)
+for gpus in (0, 1):
+    print(*sorted(set(Engine("ray", 2, gpus).map(devices, range(6)))))
+"""
+
+
+def devices(item: int) -> str:
+    time.sleep(0.5)
+    return f"{os.environ['CUDA_VISIBLE_DEVICES']}:{os.environ.get('JAX_PLATFORMS')}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus, expected", [(0, ["-1:cpu", "-1:cpu"]), (2, ["-1:cpu", "0:None 1:None"])])
+def test_a_task_of_a_cluster_with_gpus_has_its_own(gpus, expected):
+    """Ray takes our word for the GPUs."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    command = [sys.executable, "-c", ON_GPUS, str(gpus)]
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 @pytest.mark.slow
