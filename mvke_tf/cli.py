@@ -563,6 +563,10 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
     _add_engine(parser, "prepare buckets")
 
 
+# Of workers that train.
+_DEVICES = "several of this machine compute on its CPU, those of a Ray cluster with GPUs on one GPU each"
+
+
 def _add_engine(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--workers", type=positive_int, default=1, help=f"processes that {what} (default: 1, this process)"
@@ -1112,6 +1116,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         help="settings of one model each, such as the best_config.json of `mvke tune`; tasks, epochs, batch size and "
         "patience must be the same for all",
     )
+    _add_engine(parser, f"make runs, one at a time each; {_DEVICES}")
     add_settings(parser, "model", "training", without=("model", "seed"))
 
 
@@ -1125,11 +1130,13 @@ def _compare(args: argparse.Namespace) -> None:
     require_extra("compare", "matplotlib", "pandas", "scipy", "sklearn", "tqdm")
     files = dict(args.configs)
     configs = {model: read_settings(args, files.get(model, args.config)) for model in dict.fromkeys(args.models)}
+    engine = Engine(args.engine, args.workers, gpus_per_worker=1)
     import_backend()
     from mvke_tf.experiments.compare import Comparison
 
     _expect_many_models()
-    Comparison(args.output_dir, configs, args.seeds, prepared_of(args)).run()
+    with engine:
+        Comparison(args.output_dir, configs, args.seeds, prepared_of(args)).run(engine)
     print(f"\n{(args.output_dir / 'table.md').read_text(encoding='utf-8')}")
     for name in ("table.md", "table.csv", "results.csv", "comparison.png", "runs"):
         print(args.output_dir / name)
@@ -1153,6 +1160,11 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=positive_int, default=20, help="trials in all (default: 20)")
     parser.add_argument("--tuner", choices=("random", "bayesian"), default="random", help="(default: random)")
     parser.add_argument("--config", type=Path, help="JSON or TOML file of the settings that are not searched")
+    _add_engine(
+        parser,
+        "train trials, one at a time each; a bayesian search asks for as many trials at a time as there are, and so "
+        f"depends on their number, a random one does not; {_DEVICES}",
+    )
     add_settings(parser, "model", "training")
 
 
@@ -1161,13 +1173,15 @@ def _tune(args: argparse.Namespace) -> None:
     require_extra("tune", "keras_tuner", "pandas", "tqdm")
     config = read_settings(args, args.config)
     fixed = [name for name, option in _SEARCHED.items() if getattr(args, option) is not None]
+    engine = Engine(args.engine, args.workers, gpus_per_worker=1)
     import_backend()
     from mvke_tf.experiments.runs import configs_of_runs
     from mvke_tf.experiments.tune import tune
 
     prepared = prepared_of(args)
     _expect_many_models()
-    table = tune(prepared, config, args.output_dir, args.trials, args.tuner, fixed)
+    with engine:
+        table = tune(prepared, config, args.output_dir, args.trials, args.tuner, fixed, engine)
     print(f"\n{table.to_string(index=False)}\n\n{args.output_dir / 'trials.csv'}")
     # A run of single_task learns one task; a trial of its search makes one per task.
     best = [args.output_dir / f"best_config{suffix}.json" for suffix in configs_of_runs(config, prepared.task_names())]

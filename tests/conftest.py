@@ -21,6 +21,7 @@ LONGEST = (
     *("test_backend_jax.py", "test_loop.py", "test_docs.py", "test_optimisation.py", "test_notebooks.py"),
     *("test_kills.py", "test_wheel.py", "test_task_balance.py", "test_row_sparse.py", "test_tracking.py"),
     *("test_saving.py", "test_compare.py", "test_server.py", "test_monitoring.py"),
+    "test_workers.py",
 )
 
 

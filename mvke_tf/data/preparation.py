@@ -112,6 +112,15 @@ def prepared_dataset(
     return prepared
 
 
+def stored(prepared: PreparedDataset, data_dir: Path = Path("data")) -> PreparedDataset:
+    """Prepared data in a folder: themselves, or what are in memory only as saved below `data_dir`."""
+    if prepared.folder is None:
+        prepared = copy.copy(prepared)
+        prepared.folder = Path(data_dir) / "prepared" / f"{prepared.dataset.name}-{prepared.digest[:12]}"
+        prepared.save(prepared.folder)
+    return prepared
+
+
 @names_the_declaration
 def prepare(dataset: Dataset, tables: Tables | None = None) -> PreparedDataset:
     """Prepares a dataset in memory.

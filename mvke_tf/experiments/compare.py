@@ -4,7 +4,7 @@
 <out>/
     comparison.json  settings of every model
     runs/            one run directory per model and seed; single_task has one per task
-    training.log     what training printed
+    training.log     what training printed; of several workers logs/<run>.log
     results.csv      one row per model and seed
     table.csv        one row per model: means, intervals, tests
     table.md         the same, to read
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,12 +26,14 @@ import numpy as np
 import pandas as pd
 
 from mvke_tf.config import BASELINE_NAMES, RunConfig, TrainingConfig
+from mvke_tf.data.preparation import stored
 from mvke_tf.data.store import PreparedDataset
+from mvke_tf.engine import Engine
 from mvke_tf.errors import ConfigError, RunError
 from mvke_tf.evaluation import evaluate_model
 from mvke_tf.experiments.baselines import check_baseline, run_baseline
 from mvke_tf.experiments.compare_tables import comparison_figure, markdown, own_settings, summary
-from mvke_tf.experiments.runs import Progress, configs_of_runs, finished_run
+from mvke_tf.experiments.runs import Progress, configs_of_runs, finished_run, log_of, spread
 from mvke_tf.figures import save_figure
 from mvke_tf.io import atomic_write, write_json
 from mvke_tf.models import check_model
@@ -79,11 +83,16 @@ class Comparison:
         """The tasks, which are those of every model."""
         return self.prepared.task_names(next(iter(self.configs.values())).model.tasks)
 
-    def run(self) -> pd.DataFrame:
+    def run(self, engine: Engine | None = None) -> pd.DataFrame:
         """Does what is missing: trains, evaluates, and writes tables and picture after every seed.
 
         Interrupted, it goes on at the next call with the epoch that was interrupted. The training state of a finished
         run, the largest of its files, is deleted; its checkpoint, log, settings and report stay.
+
+        Args:
+            engine: Who makes the runs, one at a time in each process; by default this process. For others, data in
+                memory are saved below `data/prepared`, as `train` does. Measures are those of one process where all
+                compute on CPUs of one kind; rows per second are those of runs that share a machine.
 
         Returns:
             The table of `summary`.
@@ -91,23 +100,31 @@ class Comparison:
         Raises:
             RunError: If the folder holds a comparison with other settings.
             ValueError: If a baseline cannot be fitted (`check_baseline`), or training fails (`TrainingError`).
+            EngineError: If workers are killed again and again.
         """
+        engine = engine or Engine()
         for model in self.configs:
             if model in BASELINE_NAMES:
                 check_baseline(model, self.prepared, self.tasks)
         self._claim_folder()
         steps = [(model, seed) for seed in range(self.seeds) for model in self.configs if _has_seed(model, seed)]
+        runs = {name: config for step in steps for name, config in self.run_configs(*step).items()}
+        # Processes of other machines may start in another folder.
+        folder = self.folder if engine.is_alone else self.folder.resolve()
+        prepared = self.prepared if engine.is_alone else stored(self.prepared)
         rows = []
-        progress = Progress(sum(len(self.run_configs(*step)) for step in steps))
-        number = 0
-        with contextlib.closing(progress):
+        with contextlib.closing(Progress(len(runs), engine.workers)) as progress:
+
+            def begin(number: int, name: str) -> tuple[str, RunConfig]:
+                if not _cost_file(folder, name).is_file():
+                    progress.start(number, name)
+                return name, runs[name]
+
+            finish = functools.partial(_finished, folder, self.tasks)
+            finished = spread(engine, finish, itertools.starmap(begin, enumerate(runs, start=1)), prepared, progress)
             for index, (model, seed) in enumerate(steps):
-                reports, costs = [], []
-                for name, config in self.run_configs(model, seed).items():
-                    number += 1
-                    report, cost = self._finished(name, config, number, progress)
-                    reports.append(report)
-                    costs.append(cost)
+                done = itertools.islice(finished, len(self.run_configs(model, seed)))
+                reports, costs = zip(*done, strict=True)
                 rows.append(result_row(model, seed, reports, costs))
                 if index + 1 == len(steps) or steps[index + 1][1] != seed:
                     table = self._write(pd.DataFrame(rows))
@@ -143,34 +160,6 @@ class Comparison:
         models = {model: config.to_dict() for model, config in {**before, **self.configs}.items()}
         write_json(path, {"data": self.prepared.digest, "models": models})
 
-    def _finished(self, name: str, config: RunConfig, number: int, progress: Progress) -> tuple[dict, dict]:
-        """Report and cost of one run, which is made if need be; `cost.json` comes last and marks it as finished."""
-        run = Run(self.folder / "runs" / name)
-        cost_file = run.folder / "cost.json"
-        if not cost_file.is_file():
-            progress.start(number, name)
-            if config.model.name in BASELINE_NAMES:
-                _fit_baseline(run, config, self.prepared, self.tasks)
-            else:
-                run = finished_run(config, run.folder, self.prepared, self.folder / "training.log", progress)
-                model = run.load_model()
-                report: dict[str, Any] = {}
-                for part in PARTS:
-                    report |= evaluate_model(model, self.prepared, part)
-                write_json(run.report_file, report)
-                log = pd.read_csv(run.log_file)
-                cost = {
-                    "parameters": model.count_params(),
-                    "examples_per_second": float(log["examples_per_second"].median()),
-                    "epochs": len(log),
-                }
-                write_json(cost_file, cost)
-        run.state_file.unlink(missing_ok=True)
-        try:
-            return json.loads(run.report_file.read_text(encoding="utf-8")), json.loads(cost_file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{run.folder} is damaged ({error}). Delete it and call again.") from error
-
     def _write(self, results: pd.DataFrame) -> pd.DataFrame:
         """Writes the tables and the picture of the results so far."""
         table = summary(results, list(self.configs), self.tasks)
@@ -184,7 +173,45 @@ class Comparison:
         return table
 
 
-def result_row(model: str, seed: int, reports: list[dict], costs: list[dict]) -> dict[str, Any]:
+def _finished(
+    folder: Path,
+    tasks: Sequence[str],
+    named: tuple[str, RunConfig],
+    prepared: PreparedDataset,
+    progress: Progress | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Report and cost of one run, which is made if need be; `cost.json` comes last and marks it as finished."""
+    name, config = named
+    run, cost_file = Run(folder / "runs" / name), _cost_file(folder, name)
+    if not cost_file.is_file():
+        if config.model.name in BASELINE_NAMES:
+            _fit_baseline(run, config, prepared, tasks)
+        else:
+            run = finished_run(config, run.folder, prepared, log_of(folder, name, progress), progress)
+            model = run.load_model()
+            report: dict[str, Any] = {}
+            for part in PARTS:
+                report |= evaluate_model(model, prepared, part)
+            write_json(run.report_file, report)
+            log = pd.read_csv(run.log_file)
+            cost = {
+                "parameters": model.count_params(),
+                "examples_per_second": float(log["examples_per_second"].median()),
+                "epochs": len(log),
+            }
+            write_json(cost_file, cost)
+    run.state_file.unlink(missing_ok=True)
+    try:
+        return json.loads(run.report_file.read_text(encoding="utf-8")), json.loads(cost_file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run.folder} is damaged ({error}). Delete it and call again.") from error
+
+
+def _cost_file(folder: Path, name: str) -> Path:
+    return folder / "runs" / name / "cost.json"
+
+
+def result_row(model: str, seed: int, reports: Sequence[dict], costs: Sequence[dict]) -> dict[str, Any]:
     """One row of results.csv.
 
     Args:

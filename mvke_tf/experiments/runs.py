@@ -5,22 +5,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import keras
 from tqdm import tqdm
 
 from mvke_tf.config import RunConfig
 from mvke_tf.data.store import PreparedDataset
+from mvke_tf.engine import Engine
 from mvke_tf.errors import RunError
 from mvke_tf.run import Run
 from mvke_tf.training import train, train_run
 
 LOGGER = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def finished_run(
@@ -61,6 +66,49 @@ def finished_run(
         return train_run(run, callbacks).run
 
 
+@dataclasses.dataclass(frozen=True)
+class _OfFolder(Generic[Item, Result]):
+    """A function of prepared data for other processes, each of which loads them once."""
+
+    function: Callable[[Item, PreparedDataset, Progress | None], Result]
+    folder: Path
+
+    @functools.cached_property
+    def prepared(self) -> PreparedDataset:
+        return PreparedDataset.load(self.folder)
+
+    def __call__(self, item: Item) -> Result:
+        return self.function(item, self.prepared, None)
+
+
+def spread(
+    engine: Engine,
+    function: Callable[[Item, PreparedDataset, Progress | None], Result],
+    items: Iterable[Item],
+    prepared: PreparedDataset,
+    progress: Progress,
+) -> Iterator[Result]:
+    """Results of independent trainings in the order of the items, of which an engine does several at a time.
+
+    Args:
+        engine: Who calls the function.
+        function: Called with an item, the data and the progress of epochs, which is None in other processes.
+        items: Its items, each asked for when its training begins.
+        prepared: The data, in a folder where the engine has other processes.
+        progress: Is shown the epochs of trainings in this process.
+    """
+    if engine.is_alone:
+        return engine.map(lambda item: function(item, prepared, progress), items)
+    if prepared.folder is None:
+        raise ValueError("Other processes need prepared data in a folder: save them before. Received: data in memory")
+    return engine.map(_OfFolder(function, prepared.folder.resolve()), items)
+
+
+def log_of(folder: Path, name: str, progress: Progress | None) -> Path:
+    """Where a training of a longer job logs: all of this process in one file, those of others in a file each."""
+    return folder / "training.log" if progress is not None else folder / "logs" / f"{name}.log"
+
+
 class Progress(keras.callbacks.Callback):
     """Says which run of a longer job is on: on a terminal one line with epoch and time left, else a line per run.
 
@@ -68,13 +116,14 @@ class Progress(keras.callbacks.Callback):
 
     Args:
         runs: Number of all runs, those included that are found finished.
+        workers: How many are on at a time; of several no epochs are shown.
     """
 
-    def __init__(self, runs: int) -> None:
+    def __init__(self, runs: int, workers: int = 1) -> None:
         super().__init__()
-        self.runs = runs
+        self.runs, self.workers = runs, workers
         self._bar = tqdm(total=runs, disable=None, bar_format="{desc}")
-        self._begun, self._done = time.perf_counter(), -1
+        self._begun, self._done = time.perf_counter(), -workers
         self._number, self._name, self._first = 0, "", 0
 
     def start(self, number: int, name: str) -> None:
@@ -108,8 +157,8 @@ class Progress(keras.callbacks.Callback):
         if epoch >= 0:
             line += f", epoch {epoch + 1} of {epochs}"
             share = (epoch - self._first) / (epochs - self._first)
-        if self._done + share:
-            left = (self.runs - self._number + 1 - share) / (self._done + share)
+        if self._done + share > 0:
+            left = (self.runs - self._number + self.workers - share) / (self._done + share)
             line += f", about {tqdm.format_interval(left * (time.perf_counter() - self._begun))} left"
         return line
 
@@ -127,13 +176,15 @@ def _into(log: Path) -> Iterator[None]:
     """What is printed and logged inside is added to a file instead."""
     log.parent.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("mvke_tf")
-    handlers, propagate = logger.handlers, logger.propagate
+    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
     with open(log, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         logger.handlers, logger.propagate = [logging.StreamHandler(file)], False
+        logger.setLevel(logging.INFO)
         try:
             yield
         finally:
             logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
 
 
 def configs_of_runs(config: RunConfig, tasks: Sequence[str]) -> dict[str, RunConfig]:

@@ -5,7 +5,7 @@
     tuning.json       what is searched
     oracle/           KerasTuner's own state
     runs/trial-NNN/   one run directory per trial; of single_task one per trial and task, trial-NNN_<task>
-    training.log      what training printed
+    training.log      what training printed; of several workers logs/<run>.log
     trials.csv        one row per trial, the best first
     best_config.json  settings of the best trial, for `mvke train --config` and `mvke compare --configs`;
                       of single_task also one file per task, best_config_<task>.json, for `mvke train`
@@ -13,12 +13,15 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import io
+import itertools
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,11 @@ import numpy as np
 import pandas as pd
 
 from mvke_tf.config import RunConfig
+from mvke_tf.data.preparation import stored
 from mvke_tf.data.store import PreparedDataset
+from mvke_tf.engine import Engine
 from mvke_tf.errors import ConfigError, DataError, MissingExtraError, MvkeError, RunError, TrainingError
-from mvke_tf.experiments.runs import Progress, configs_of_runs, finished_run
+from mvke_tf.experiments.runs import Progress, configs_of_runs, finished_run, log_of, spread
 from mvke_tf.io import atomic_write, write_json
 from mvke_tf.models import check_model
 from mvke_tf.run import Run
@@ -88,6 +93,7 @@ def tune(
     trials: int,
     tuner: str = "random",
     fixed: Collection[str] = (),
+    engine: Engine | None = None,
 ) -> pd.DataFrame:
     """Searches the settings with the best validation score (of the best epoch of a run) and keeps every run.
 
@@ -98,6 +104,9 @@ def tune(
     `trials` in all. A random search then proposes what an unbroken one would have proposed; a Bayesian one draws new
     starting points. A trial whose loss became NaN or infinite is left out.
 
+    A random search tries the same with any number of workers, and finds the same where all compute on CPUs of one kind.
+    A Bayesian one asks for as many trials at a time as there are workers, from the scores of those before.
+
     Args:
         prepared: The data.
         base: All other settings; the model's name says what is searched, the seed serves search and training.
@@ -105,6 +114,8 @@ def tune(
         trials: Number of trials in all; a random search ends earlier when nothing is left to try.
         tuner: `"random"` or `"bayesian"`.
         fixed: Names of `SPACE` that are not searched and stay as they are in `base`.
+        engine: Who trains, one trial at a time in each process; by default this process. For others, data in memory
+            are saved below `data/prepared`, as `train` does.
 
     Returns:
         One row per finished trial, the best first: `trial`, the searched settings, `val_score`, and `best_epoch` and
@@ -115,13 +126,16 @@ def tune(
         TrainingError: If no trial could be trained.
         MissingExtraError: If KerasTuner is not installed.
         ConfigError: If the tuner or the model is unknown, or nothing is left to search.
+        EngineError: If workers are killed again and again.
     """
     check_model(base.model.name)
+    engine = engine or Engine()
     library = _keras_tuner()
     space = search_space(base.model.name, fixed)
     if tuner not in TUNERS:
         raise ConfigError(f"Unknown tuner. Expected one of {sorted(TUNERS)}. Received: {tuner!r}")
-    folder = Path(folder)
+    # Processes of other machines may start in another folder.
+    folder = Path(folder) if engine.is_alone else Path(folder).resolve()
     tasks = prepared.task_names(base.model.tasks)
     _claim_folder(folder / "tuning.json", base, space, tuner, prepared.digest)
     hyperparameters = library.HyperParameters()
@@ -138,25 +152,39 @@ def tune(
     # KerasTuner prints that it reloads.
     with contextlib.redirect_stdout(io.StringIO()):
         keeper = library.engine.base_tuner.BaseTuner(oracle, directory=str(folder), project_name="oracle")
-    with contextlib.closing(Progress(trials * len(configs_of_runs(base, tasks)))) as progress:
-        while (trial := oracle.create_trial(keeper.tuner_id)).status != "STOPPED":
-            # KerasTuner repeats the trial that it ended last, which has its score.
-            trial.status = "COMPLETED"
-            if trial.score is None:
-                try:
-                    config = trial_config(base, trial.hyperparameters.values)
-                    score = _run_trial(config, folder, trial, prepared, progress)
+    if not engine.is_alone:
+        prepared = stored(prepared)
+    runs = trials * len(configs_of_runs(base, tasks)) if engine.is_alone else trials
+    with contextlib.closing(Progress(runs, engine.workers)) as progress:
+        proposed, begun = _proposed(oracle), collections.deque[Any]()
+
+        def begin(trial: Any) -> tuple[int, dict[str, float]]:
+            begun.append(trial)
+            number, values = int(trial.trial_id), trial.hyperparameters.values
+            if not engine.is_alone:
+                progress.start(number + 1, _described(_name(number), values))
+            return number, values
+
+        # What a Bayesian search proposes depends on the scores so far: those of whole batches, not of who was faster.
+        batches = (
+            [proposed] if tuner == "random" else iter(lambda: list(itertools.islice(proposed, engine.workers)), [])
+        )
+        outcome = functools.partial(_outcome, base, folder)
+        for batch in batches:
+            for score in spread(engine, outcome, map(begin, batch), prepared, progress):
+                trial = begun.popleft()
+                trial.status = "COMPLETED"
+                if isinstance(score, str):
+                    trial.status, trial.message = "FAILED", score
+                    progress.say(f"{_name(int(trial.trial_id))} failed: {score}")
+                else:
                     oracle.update_trial(trial.trial_id, {OBJECTIVE: score})
-                except (DataError, RunError):
-                    raise
-                except MvkeError as error:
-                    # Diverged, or a shape that cannot be built, as more kept kernels than a task sees.
-                    trial.status, trial.message = "FAILED", str(error)
-                    progress.say(f"{_name(trial)} failed: {error}")
-            oracle.end_trial(trial)
-            keeper.save()
+                oracle.end_trial(trial)
+                keeper.save()
     done = oracle.get_best_trials(trials)
     done = [trial for trial in done if trial.status == "COMPLETED"]
+    # KerasTuner reads those of an interrupted search in any order.
+    done.sort(key=lambda trial: (-trial.score, int(trial.trial_id)))
     if not done:
         raise TrainingError(f"No trial could be trained, see {folder / 'training.log'}. Received: {trials} trials")
     best = trial_config(base, done[0].hyperparameters.values)
@@ -168,30 +196,75 @@ def tune(
     return table
 
 
-def _run_trial(config: RunConfig, folder: Path, trial: Any, prepared: PreparedDataset, progress: Progress) -> float:
+def _proposed(oracle: Any) -> Iterator[Any]:
+    """KerasTuner's trials that have no score, interrupted ones first, as long as there is something to try."""
+    for number in itertools.count():
+        # It has one trial on for each name of a process.
+        trial = oracle.create_trial(f"tuner{number}")
+        if trial.status == "STOPPED":
+            return
+        if trial.score is None:
+            yield trial
+        else:
+            # It repeats the trial that it ended last.
+            trial.status = "COMPLETED"
+            oracle.end_trial(trial)
+
+
+def _outcome(
+    base: RunConfig,
+    folder: Path,
+    trial: tuple[int, dict[str, float]],
+    prepared: PreparedDataset,
+    progress: Progress | None,
+) -> float | str:
+    """The score of a trial, given its number and values, or why it has none."""
+    number, values = trial
+    try:
+        return _run_trial(trial_config(base, values), folder, number, values, prepared, progress)
+    except (DataError, RunError):
+        raise
+    except MvkeError as error:
+        # Diverged, or a shape that cannot be built, as more kept kernels than a task sees.
+        return str(error)
+
+
+def _run_trial(
+    config: RunConfig,
+    folder: Path,
+    number: int,
+    values: dict[str, float],
+    prepared: PreparedDataset,
+    progress: Progress | None,
+) -> float:
     """Trains, or finishes, the runs of a trial; returns the mean of their best validation scores."""
     scores = []
     configs = configs_of_runs(config, prepared.task_names(config.model.tasks))
     for index, (suffix, run_config) in enumerate(configs.items(), start=1):
-        name = f"{_name(trial)}{suffix}"
-        values = ", ".join(f"{key} {value}" for key, value in trial.hyperparameters.values.items())
-        progress.start(int(trial.trial_id) * len(configs) + index, f"{name} ({values})")
-        run = finished_run(run_config, folder / "runs" / name, prepared, folder / "training.log", progress)
+        name = f"{_name(number)}{suffix}"
+        if progress is not None:
+            progress.start(number * len(configs) + index, _described(name, values))
+        run = finished_run(run_config, folder / "runs" / name, prepared, log_of(folder, name, progress), progress)
         scores.append(pd.read_csv(run.log_file)[OBJECTIVE].max())
     return float(np.mean(scores))
 
 
-def _name(trial: Any) -> str:
-    return f"trial-{int(trial.trial_id):03d}"
+def _name(number: int) -> str:
+    return f"trial-{number:03d}"
+
+
+def _described(name: str, values: dict[str, float]) -> str:
+    return f"{name} ({', '.join(f'{key} {value}' for key, value in values.items())})"
 
 
 def _row(base: RunConfig, tasks: Sequence[str], trial: Any, folder: Path) -> dict[str, Any]:
+    name = _name(int(trial.trial_id))
     logs = [
-        pd.read_csv(Run(folder / "runs" / f"{_name(trial)}{suffix}").log_file)[OBJECTIVE]
+        pd.read_csv(Run(folder / "runs" / f"{name}{suffix}").log_file)[OBJECTIVE]
         for suffix in configs_of_runs(base, tasks)
     ]
     return {
-        "trial": _name(trial),
+        "trial": name,
         **trial.hyperparameters.values,
         OBJECTIVE: float(np.mean([scores.max() for scores in logs])),
         "best_epoch": sum(int(scores.argmax()) + 1 for scores in logs),

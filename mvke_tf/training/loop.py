@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import math
@@ -23,7 +22,7 @@ from mvke_tf.config import BALANCED, RunConfig, TrainingConfig
 from mvke_tf.data.batches import Batches, Interactions, Shards
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.groups import groups
-from mvke_tf.data.preparation import prepared_dataset
+from mvke_tf.data.preparation import prepared_dataset, stored
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError, DataError, RunError, missing_modules, require_extra
 from mvke_tf.layers import CounterfactualRisk, InBatchSoftmax
@@ -141,11 +140,7 @@ def _new(
     for note in training_notes(config):
         LOGGER.info("Note: %s", note)
     training = _Training.of(prepared, config, devices)
-    if prepared.folder is None:
-        prepared = copy.copy(prepared)
-        prepared.folder = Path(data_dir) / "prepared" / f"{prepared.dataset.name}-{prepared.digest[:12]}"
-        prepared.save(prepared.folder)
-    return Run.create(folder, config, prepared), training
+    return Run.create(folder, config, stored(prepared, data_dir)), training
 
 
 def _new_folder(runs_dir: Path, name: str | None, model: str) -> Path:

@@ -24,3 +24,17 @@ def test_progress_says_which_run_which_epoch_and_what_is_left(monkeypatch, caplo
     progress.close()
     # No terminal here.
     assert caplog.messages == ["Run 2 of 4: mvke-seed0", "Run 3 of 4: ple-seed0, about 03:20 left"]
+
+
+def test_what_is_left_of_several_runs_at_a_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
+    progress = Progress(6, workers=2)
+    progress.start(1, "a")
+    progress.start(2, "b")
+    assert progress.line() == "Run 2 of 6: b"
+    now[0] = 60.0
+    progress.start(3, "c")
+    # One is done, and five are left.
+    assert progress.line() == "Run 3 of 6: c, about 05:00 left"
+    progress.close()
