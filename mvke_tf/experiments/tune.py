@@ -47,6 +47,7 @@ SPACE = {
     "hidden_width": (128, 256),
     "dropout_rate": (0.1, 0.3, 0.5),
 }
+SEED_OF_ZERO = 1_000_000
 TUNERS = {"random": "RandomSearchOracle", "bayesian": "BayesianOptimizationOracle"}
 
 
@@ -144,7 +145,8 @@ def tune(
     oracle = getattr(library.oracles, TUNERS[tuner])(
         objective=library.Objective(OBJECTIVE, "max"),
         max_trials=trials,
-        seed=base.training.seed,
+        # For 0, the default, it would draw one.
+        seed=base.training.seed or SEED_OF_ZERO,
         hyperparameters=hyperparameters,
         max_consecutive_failed_trials=sys.maxsize,
     )

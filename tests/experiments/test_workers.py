@@ -76,7 +76,8 @@ def test_what_is_asked_for_at_a_time(data, tmp_path, monkeypatch, tuner, asked):
         "_row",
         lambda base, tasks, trial, folder: {"trial": trial.trial_id, **trial.hyperparameters.values},
     )
-    ahead, base = Ahead(), dataclasses.replace(BASE, model=ModelConfig(name="mvke"))
+    # With the default seed, too.
+    ahead, base = Ahead(), RunConfig(model=ModelConfig(name="mvke"))
     fixed = ["learning_rate", "hidden_width"]
     together = tune(data[1], base, tmp_path / "together", 16, tuner, fixed, ahead)
     assert ahead.asked == asked
