@@ -89,6 +89,29 @@ def test_what_is_asked_for_at_a_time(data, tmp_path, monkeypatch, tuner, asked):
     assert failed.count("FAILED") == 16 - len(together) > 0
 
 
+@pytest.mark.slow
+def test_an_interrupted_bayesian_search_repeats_all_trials_that_were_on(data, tmp_path, monkeypatch):
+    """Without training, and beyond the random trials that it starts with."""
+    seen = []
+
+    def score(config, folder, number, *rest):
+        seen.append((number, config))
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return config.model.embedding_dim / 1000 + config.model.num_virtual_kernels
+
+    monkeypatch.setattr(mvke_tf.experiments.tune, "_run_trial", score)
+    monkeypatch.setattr(mvke_tf.experiments.tune, "_row", lambda base, tasks, trial, folder: {"trial": trial.trial_id})
+    base, fixed = RunConfig(model=ModelConfig(name="mvke")), ["learning_rate", "hidden_width", "dropout_rate"]
+    with pytest.raises(KeyboardInterrupt):
+        tune(data[1], base, tmp_path, 10, "bayesian", fixed, Ahead())
+    before = seen.copy()
+    table = tune(data[1], base, tmp_path, 10, "bayesian", fixed, Ahead())
+    assert sorted(table["trial"].astype(int)) == list(range(10))
+    # The eighth had been asked for with the seventh, whose score was kept.
+    assert [number for number, _ in seen[len(before) :]] == [7, 8, 9] and seen[len(before)] == before[-1]
+
+
 def assert_same_search(folder, alone):
     for name in ("trials.csv", "best_config.json"):
         assert (folder / name).read_text() == (alone / name).read_text()
