@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains runs as one of several processes under JAX. `test_devices.py` starts it; nothing else collects it.
 
-    python several_devices.py RANK PROCESSES PORT KILL_AT RUN...
-
-With KILL_AT above 0 the last process kills itself after so many steps of its second epoch.
+python several_devices.py RANK PROCESSES PORT RUN...
 """
 
 import json
 import logging
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -17,16 +13,14 @@ import jax
 import keras
 
 if __name__ == "__main__":
-    rank, processes, port, kill_at = map(int, sys.argv[1:5])
+    rank, processes, port = map(int, sys.argv[1:4])
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"127.0.0.1:{port}", processes, rank, heartbeat_timeout_seconds=10)
+        jax.distributed.initialize(f"127.0.0.1:{port}", processes, rank)
     from mvke_tf.run import Run
     from mvke_tf.training import devices, follow, loop, train_run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Every table is shared.
-    devices.SHARED_BYTES = 1
 
     class Losses(keras.callbacks.Callback):
         """The mean loss so far after every step."""
@@ -39,20 +33,18 @@ if __name__ == "__main__":
             self.losses.append(float(logs["loss"]))
 
     class Watched(devices.Led):
-        """Says how many variables are shared; the last process may kill itself."""
+        """Says how many variables are shared."""
 
         def on_train_begin(self, logs=None):
             shared = [not variable.value.is_fully_replicated for variable in devices.state_of(self.model)]
             print("shared variables:", sum(shared))
             super().on_train_begin(logs)
 
-        def on_train_batch_end(self, batch, logs=None):
-            if rank and kill_at == batch + 1 and len(self._history) == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            super().on_train_batch_end(batch, logs)
-
     loop.Led = Watched
-    for folder in map(Path, sys.argv[5:]):
+    large = devices.SHARED_BYTES
+    for folder in map(Path, sys.argv[4:]):
+        # Else every table is shared.
+        devices.SHARED_BYTES = large if folder.name == "default" else 1
         if rank:
             follow(Run.open(folder))
         else:

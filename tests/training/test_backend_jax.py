@@ -83,9 +83,12 @@ def test_training_and_evaluation_under_jax_need_no_tensorflow(tmp_path):
     # The raw values are encoded by the graph that the export has.
     run("-m", "mvke_tf", "init", "log.csv")
     run("-m", "mvke_tf", "prepare", "--data", "log.toml")
-    train = "train --data log.toml --run_name mine --epochs 1 --embedding_dim 2 --hidden_dims 2 --num_virtual_kernels 2"
-    said = run("-c", WITHOUT_TENSORFLOW, train, "evaluate runs/mine", KERAS_BACKEND="jax")
-    assert re.findall(r"^status (\d) (\w+)$", said, re.M) == [("0", "train"), ("0", "evaluate")]
+    prepared = run("-m", "mvke_tf", "prepare", "--data", "log.toml", "--data_dir", "small", "--memory_mb", "1")
+    assert "in 9 buckets of users" in prepared
+    train = "train --data log.toml --epochs 1 --embedding_dim 2 --hidden_dims 2 --num_virtual_kernels 2 --run_name"
+    commands = f"{train} mine", "evaluate runs/mine", f"{train} buckets --data_dir small", "evaluate runs/buckets"
+    said = run("-c", WITHOUT_TENSORFLOW, *commands, KERAS_BACKEND="jax")
+    assert re.findall(r"^status (\d) (\w+)$", said, re.M) == [("0", "train"), ("0", "evaluate")] * 2
     report = tmp_path / "runs" / "mine" / "report.json"
     under_jax = json.loads(report.read_text())["test"]["click"]
     run("-m", "mvke_tf", "evaluate", "runs/mine")
