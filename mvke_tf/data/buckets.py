@@ -404,7 +404,7 @@ class _Preparation:
         for number in range(len(self.buckets)):
             shutil.copytree(self._encoded(number), temporary / bucket_name(number), copy_function=_linked)
         lengths = dict(facts["lengths"]) | store.write_raw(temporary / "items", items, encoder.of_tower("item"))
-        store.write_encoded(temporary / "items", items)
+        store.write_encoded(temporary / "items", items, packed=True)
         buckets = [
             dict(zip(store.IN_A_BUCKET, rows, strict=True))
             for rows in zip(*(facts[name] for name in store.IN_A_BUCKET), strict=True)
@@ -427,7 +427,7 @@ class _Preparation:
                 _linked(place / file, folder / name / file)
             raw = store.raw_columns(place, rows, encoder.of_tower("user"), facts["lengths"])
             table = EntityTable("user", np.zeros(rows, np.int8), encoder.encode_numpy(raw, "user", rows), {})
-            store.write_encoded(folder / name, table)
+            store.write_encoded(folder / name, table, packed=True)
         tasks = self.dataset.task_names
         user_row, split, sampled = self._columns(number, "user_row", "split", "sampled")
         labels, weights = (
