@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from itertools import zip_longest
@@ -274,12 +275,13 @@ class Run(RunFolder):
                 writer.writeheader()
                 writer.writerows(history)
         variables = _state_variables(model)
-        arrays = {
-            f"variable_{index:04d}": keras.ops.convert_to_numpy(variable) for index, variable in enumerate(variables)
-        }
-        # Last, because it is what makes the epoch count as finished.
-        with atomic_write(self.state_file) as temporary, open(temporary, "wb") as file:
-            np.savez(file, history=json.dumps(history), names=json.dumps(_stable_names(variables)), **arrays, **within)
+        said = {"history": json.dumps(history), "names": json.dumps(_stable_names(variables)), **within}
+        # Last, because it is what makes the epoch count as finished. One copy of a variable is held at a time.
+        with atomic_write(self.state_file) as temporary, zipfile.ZipFile(temporary, "w") as file:
+            for name, value in said.items():
+                _add_array(file, name, np.asanyarray(value))
+            for index, variable in enumerate(variables):
+                _add_array(file, f"variable_{index:04d}", keras.ops.convert_to_numpy(variable))
 
     def history(self) -> History:
         """One dictionary per epoch that has finished; empty if none has.
@@ -352,6 +354,12 @@ class Run(RunFolder):
     def _damaged_state(self, reason: str) -> RunError:
         kept = f" {self.checkpoint} can still be used." if self.checkpoint.is_file() else ""
         return RunError(f"{self.state_file} is damaged ({reason}), and resuming needs it.{kept} {self.train_anew()}")
+
+
+def _add_array(file: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    """Adds an array as `np.savez` does, which holds all of them at once."""
+    with file.open(f"{name}.npy", "w", force_zip64=True) as opened:
+        np.lib.format.write_array(opened, array, allow_pickle=False)
 
 
 def _relative(path: Path, start: Path) -> str:
