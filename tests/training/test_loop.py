@@ -128,22 +128,22 @@ def stop(*arguments, **settings):
     pathlib.Path(reached).touch()
     time.sleep(600)
 
-watch, savez = EpochWatch.on_train_batch_end, np.savez
+watch, write_array = EpochWatch.on_train_batch_end, np.lib.format.write_array
 
 def in_a_batch(self, batch, logs=None):
     watch(self, batch, logs)
     if self._epoch == 1 and batch == 2:
         stop()
 
-def in_the_state_file(file, **arrays):
-    savez(file, **arrays)
-    if '"epoch": 2' in arrays["history"]:
+def in_the_state_file(file, array, **settings):
+    write_array(file, array, **settings)
+    if '"epoch": 2' in str(array):
         stop()
 
 if where == "batch":
     EpochWatch.on_train_batch_end = in_a_batch
 else:
-    np.savez = in_the_state_file
+    np.lib.format.write_array = in_the_state_file
 train_run(Run.open(folder))
 """
 
