@@ -18,7 +18,14 @@ from tests.small import small_prepared
 REPOSITORY = Path(__file__).resolve().parents[1]
 # A worker takes whole files, in this order and then that of their names: what takes longest must not be left for last.
 LONGEST = (
-    *("test_backend_jax.py", "test_loop.py", "test_docs.py", "test_optimisation.py", "test_notebooks.py"),
+    *(
+        "test_backend_jax.py",
+        "test_devices.py",
+        "test_loop.py",
+        "test_docs.py",
+        "test_optimisation.py",
+        "test_notebooks.py",
+    ),
     *("test_kills.py", "test_wheel.py", "test_task_balance.py", "test_row_sparse.py", "test_tracking.py"),
     *("test_saving.py", "test_compare.py", "test_server.py", "test_monitoring.py"),
     "test_workers.py",

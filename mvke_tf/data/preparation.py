@@ -47,6 +47,7 @@ KEYS = "keys"
 _OF_A_ROW = (LOG, ITEMS, USERS)
 # The largest label and weight, which are kept in 32 bits.
 _LARGEST = float(np.finfo(np.float32).max)
+_ROWS_AT_A_TIME = 1 << 20
 # Ways of reading the columns of one condition that are tried.
 _MOST_TRIES = 10_000
 
@@ -1392,25 +1393,35 @@ def _frozen(
 ) -> np.ndarray:
     """A statistic of the rows of the training part, of which some count, one number per item."""
     chosen = chosen & (parts == 0)
-    items = log.entities()
-    item, number = items.of_row[chosen], len(items)
-    if declared.half_life is None:
-        total: np.ndarray = np.bincount(item, minlength=number).astype(np.float64)
-        sums = None if values is None else np.bincount(item, values[chosen], number)
-    else:
+    items, number = log.entities(), len(log.entities())
+    total, counts = np.zeros(number), np.zeros(number, np.int64)
+    sums = None if values is None else np.zeros(number)
+    now = half_life = None
+    if declared.half_life is not None:
         half_life, time = expressions.duration_ms(declared.half_life), log.moments
         now = np.full(number, time[parts == 0].max())
         if values is not None:
             # A mean does not change with time; by the age since the item's own last row, no sum of weights is 0.
             now = np.full(number, time.min())
-            np.maximum.at(now, item, time[chosen])
-        weights = np.exp2((time[chosen] - now[item]) / half_life)
-        total = np.bincount(item, weights, number)
-        sums = None if values is None else np.bincount(item, weights * values[chosen], number)
-    occurs = np.bincount(item, minlength=number) > 0
+            for some in _some_of(chosen):
+                np.maximum.at(now, items.of_row[some], time[some])
+    # In the order of the rows, as one sum would be.
+    for some in _some_of(chosen):
+        item = items.of_row[some]
+        weights = 1.0 if now is None or half_life is None else np.exp2((log.moments[some] - now[item]) / half_life)
+        counts += np.bincount(item, minlength=number)
+        np.add.at(total, item, weights)
+        if sums is not None and values is not None:
+            np.add.at(sums, item, weights * values[some])
     with np.errstate(invalid="ignore", divide="ignore"):
         answer = total if sums is None else sums / total
-    return np.where(occurs, answer, np.nan).astype(np.float32)
+    return np.where(counts > 0, answer, np.nan).astype(np.float32)
+
+
+def _some_of(chosen: np.ndarray) -> Iterator[np.ndarray]:
+    """The chosen rows, some at a time: copies of what belongs to all of them would be the most that memory holds."""
+    for start in range(0, len(chosen), _ROWS_AT_A_TIME):
+        yield start + np.flatnonzero(chosen[start : start + _ROWS_AT_A_TIME])
 
 
 class _ItemStates:

@@ -18,6 +18,7 @@ from tests.data.test_preparation import shop
 from tests.small import SMALL, small_dataset, small_log, small_toml
 
 BUCKETS = 7
+STATISTICS = ("popularity", "item_stars")
 
 
 def in_buckets(dataset: Dataset, folder: Path, buckets: int = BUCKETS) -> PreparedDataset:
@@ -279,3 +280,14 @@ def test_what_a_killed_process_left_is_removed_or_named(tmp_path, monkeypatch, c
     ]
     prepared_dataset(dataset, tmp_path)
     assert not own.exists() and other.is_dir()
+
+
+@pytest.mark.parametrize("half_life", [None, "1h"])
+def test_frozen_statistics_do_not_depend_on_how_many_rows_are_read_at_a_time(monkeypatch, half_life):
+    more = {} if half_life is None else {f"features.{name}.statistic.half_life": half_life for name in STATISTICS}
+    before = prepare(small_dataset(**more)).items.raw
+    monkeypatch.setattr("mvke_tf.data.preparation._ROWS_AT_A_TIME", 7)
+    after = prepare(small_dataset(**more)).items.raw
+    for name in STATISTICS:
+        assert np.isfinite(before[name]).any()
+        np.testing.assert_array_equal(after[name], before[name])
