@@ -18,6 +18,7 @@ from mvke_tf.data.preparation import prepared_dataset
 from mvke_tf.engine import Engine
 from mvke_tf.errors import DataError
 from mvke_tf.io import checksums
+from tests.conftest import REPOSITORY
 from tests.data import test_buckets
 from tests.small import small_dataset, small_log, small_toml
 
@@ -37,7 +38,9 @@ DATASETS = {
 
 @pytest.fixture(scope="module", params=["local", "ray"])
 def engine(request):
-    with Engine(request.param, 2) as engine:
+    with pytest.MonkeyPatch.context() as patch, Engine(request.param, 2) as engine:
+        # Processes of Ray import the class below.
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
         yield engine
 
 
