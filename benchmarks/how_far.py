@@ -42,7 +42,7 @@ class Rates:
     prepare: float = 22e-6
     alone: float = 0.13
     base: float = 1.3e9
-    held: float = 24
+    held: float = 20
     train: float = 36e-6
     read: float = 1 / 395_000
     profile: float = 0.29e-3
