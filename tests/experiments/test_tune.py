@@ -12,12 +12,10 @@ import mvke_tf.experiments.tune
 from mvke_tf import cli
 from mvke_tf.cli import add_settings, read_settings
 from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
-from mvke_tf.data.declaration import Dataset
-from mvke_tf.data.preparation import prepared_dataset
 from mvke_tf.errors import ConfigError, MissingExtraError, RunError, TrainingError
 from mvke_tf.experiments.tune import search_space, trial_config, tune
 from mvke_tf.run import Run
-from tests.small import small_prepared, small_toml
+from tests.small import small_prepared
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,14 +33,6 @@ def eager():
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """The small dataset as `mvke tune --data` prepares it: the declaration, and the prepared data."""
-    folder = tmp_path_factory.mktemp("data")
-    path = small_toml(folder)
-    return path, prepared_dataset(Dataset.from_toml(path), folder / "data")
 
 
 @pytest.fixture(scope="module")

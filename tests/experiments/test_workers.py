@@ -14,14 +14,12 @@ import pytest
 
 import mvke_tf.experiments.tune
 from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
-from mvke_tf.data.declaration import Dataset
-from mvke_tf.data.preparation import prepared_dataset
 from mvke_tf.engine import Engine
 from mvke_tf.errors import RunError, TrainingError
 from mvke_tf.experiments.compare import Comparison
 from mvke_tf.experiments.tune import tune
 from mvke_tf.run import Run
-from tests.small import small_prepared, small_toml
+from tests.small import small_prepared
 
 BASE = RunConfig(
     model=ModelConfig(name="shared_bottom", embedding_stddev=1.0),
@@ -41,14 +39,6 @@ class Ahead(Engine):
         items = list(items)
         self.asked.append(len(items))
         return map(function, items)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """The small dataset as `mvke tune --data` prepares it: the declaration, and the prepared data."""
-    folder = tmp_path_factory.mktemp("data")
-    path = small_toml(folder)
-    return path, prepared_dataset(Dataset.from_toml(path), folder / "data")
 
 
 @pytest.fixture(scope="module")
