@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import polars as pl
@@ -20,6 +19,7 @@ from mvke_tf.errors import DataError
 from mvke_tf.io import checksums
 from tests.conftest import REPOSITORY
 from tests.data import test_buckets
+from tests.processes import end_command
 from tests.small import small_dataset, small_log, small_toml
 
 pytestmark = pytest.mark.slow
@@ -119,16 +119,7 @@ def test_a_command_that_is_ended_leaves_no_worker_and_goes_on(tmp_path, sent, co
     pl.concat([small_log()[0]] * 50).write_parquet(tmp_path / "log.parquet")
     command = [sys.executable, "-m", "mvke_tf", "prepare", "--data", path, "--memory_mb", "16", "--data_dir"]
     together = [*command, tmp_path / "together", "--workers", "2"]
-    process = subprocess.Popen(together, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not list(tmp_path.glob("together/prepared/*.unfinished/pieces/bucket*")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    # A terminal sends Ctrl-C to all processes, and workers leave it to the first.
-    (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
-    # Workers have the same stdout: it ends with the last of them.
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == code and b"Traceback" not in errors
+    end_command(together, lambda: list(tmp_path.glob("together/prepared/*.unfinished/pieces/bucket*")), sent, code)
     assert list(tmp_path.glob("together/prepared/*.unfinished"))
     prepared = {}
     for name, arguments in {"together": together, "alone": [*command, tmp_path / "alone"]}.items():

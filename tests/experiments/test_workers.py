@@ -3,11 +3,9 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -19,6 +17,7 @@ from mvke_tf.errors import RunError, TrainingError
 from mvke_tf.experiments.compare import Comparison
 from mvke_tf.experiments.tune import tune
 from mvke_tf.run import Run
+from tests.processes import end_command
 from tests.small import small_prepared
 
 BASE = RunConfig(
@@ -124,16 +123,7 @@ def test_a_search_that_is_ended_leaves_no_worker_and_goes_on(searched, data, tmp
     path, prepared = data
     command = [sys.executable, "-m", "mvke_tf", "tune", "--data", path, "--data_dir", prepared.folder.parents[1]]
     command += [*SETTINGS, "--out", tmp_path / "out", "--trials=3", "--workers=2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not list(tmp_path.glob("out/runs/trial-*/state.npz")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    # A terminal sends Ctrl-C to all processes, and workers leave it to the first.
-    (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
-    # Workers have the same stdout: it ends with the last of them.
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == code and b"Traceback" not in errors
+    end_command(command, lambda: list(tmp_path.glob("out/runs/trial-*/state.npz")), sent, code)
     assert not (tmp_path / "out" / "trials.csv").exists()
     if sent == signal.SIGKILL:
         # It may be another number, too.
