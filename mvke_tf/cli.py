@@ -618,7 +618,7 @@ def _train(args: argparse.Namespace) -> None:
     """Trains a model, or continues an interrupted training."""
     config = None if args.resume else read_settings(args, args.config)
     if args.engine == "ray":
-        require_extra("ray", "ray")
+        require_extra("ray", "ray", "jax")
         # This process computes nothing.
         os.environ |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
     import_backend()
@@ -626,13 +626,15 @@ def _train(args: argparse.Namespace) -> None:
     from mvke_tf.training import new_run, train, train_run
 
     if args.engine == "ray":
-        from mvke_tf.training.launch import train_on_ray
+        from mvke_tf.training.launch import ray_cluster, train_on_ray
 
-        if args.resume:
-            run = Run.open(args.resume)
-        else:
-            run = new_run(prepared_of(args), config, args.run_name, args.runs_dir, args.data_dir)
-        result = train_on_ray(run, args.workers, args.log)
+        # Nothing is made where there is no room.
+        with ray_cluster(args.workers, args.log):
+            if args.resume:
+                run = Run.open(args.resume)
+            else:
+                run = new_run(prepared_of(args), config, args.run_name, args.runs_dir, args.data_dir)
+            result = train_on_ray(run, args.workers, args.log)
     elif args.resume:
         result = train_run(Run.open(args.resume), log=args.log, devices=args.devices)
     else:

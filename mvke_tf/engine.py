@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -107,7 +108,7 @@ class Engine:
                 # Of results that wait for an earlier one there are never more than workers.
                 while not done and len(running) < self.workers and len(order) < 2 * self.workers:
                     for item in left:
-                        order.append(pool.start(item))
+                        order.append(pool.start(pickle.dumps(item)))
                         running.add(order[-1])
                         break
                     else:
@@ -117,26 +118,30 @@ class Engine:
                 if order[0] in running:
                     running -= pool.wait(running)
                 else:
-                    yield pool.result(order.popleft())
+                    done_well, result = order.popleft().answer
+                    if not done_well:
+                        raise result
+                    yield result
         except BaseException:
             self.close()
             raise
 
 
 class _Pool(Protocol):
-    """Where work is done: `start` returns a handle for an item of the function that `begin` has been given."""
+    """Where work is done: `start` returns the job of an item of the function that `begin` has been given.
+
+    The `answer` of a finished job says whether it was done, and has its result or error.
+    """
 
     # Of each worker.
     gpus: int
 
     def begin(self, function: bytes) -> None: ...
 
-    def start(self, item: Any) -> Any: ...
+    def start(self, item: bytes) -> Any: ...
 
     def wait(self, running: Collection[Any]) -> set[Any]:
-        """Those of the handles, at least one, that are finished."""
-
-    def result(self, handle: Any) -> Any: ...
+        """Those of the jobs, at least one, that are finished."""
 
     def close(self) -> None: ...
 
@@ -144,6 +149,8 @@ class _Pool(Protocol):
 def _environment(gpus: int) -> dict[str, str]:
     """What workers have in theirs: the backend of this process, and no GPU but their own: each takes all its memory."""
     shared = {name: os.environ[name] for name in ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL") if name in os.environ}
+    if keras := sys.modules.get("keras"):
+        shared["KERAS_BACKEND"] = keras.config.backend()
     # Ray shows a task its own.
     return shared if gpus else shared | {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
 
@@ -162,8 +169,9 @@ def _unpickled(function: bytes) -> Callable[[Any], Any]:
     return pickle.loads(pickled)
 
 
-def _work(function: bytes, item: Any) -> Any:
-    return _unpickled(function)(item)
+def _work(function: bytes, item: bytes) -> Any:
+    """The result for a pickled item, which is read after the function: what it imports may choose a backend."""
+    return _unpickled(function)(pickle.loads(item))
 
 
 def _killed(how: str) -> EngineError:
@@ -230,7 +238,7 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
-    def send(self, function: bytes, item: Any) -> None:
+    def send(self, function: bytes, item: bytes) -> None:
         # A process that is no more shows when it is asked for the answer.
         with contextlib.suppress(OSError):
             self.connection.send((None if function is self._function else function, item))
@@ -247,7 +255,7 @@ class _Worker:
 class _Job:
     """An item, who does it, and at last whether it was done, and its result or error."""
 
-    def __init__(self, item: Any, worker: _Worker) -> None:
+    def __init__(self, item: bytes, worker: _Worker) -> None:
         self.item, self.worker, self.retries = item, worker, 0
         self.answer: tuple[bool, Any] = (False, None)
 
@@ -265,7 +273,7 @@ class _Processes:
     def begin(self, function: bytes) -> None:
         self._function = function
 
-    def start(self, item: Any) -> _Job:
+    def start(self, item: bytes) -> _Job:
         job = _Job(item, self._idle.pop() if self._idle else self._new())
         job.worker.send(self._function, item)
         return job
@@ -299,12 +307,6 @@ class _Processes:
         self._idle.append(job.worker)
         return True
 
-    def result(self, job: _Job) -> Any:
-        done, result = job.answer
-        if not done:
-            raise result
-        return result
-
     def close(self) -> None:
         while self._workers:
             self._workers.pop().kill()
@@ -312,6 +314,14 @@ class _Processes:
 
 
 # Ray
+
+
+class _RayJob:
+    """An item, the task that does it, and at last whether it was done, and its result or error."""
+
+    def __init__(self, item: bytes, task: Any) -> None:
+        self.item, self.task, self.retries = item, task, 0
+        self.answer: tuple[bool, Any] = (False, None)
 
 
 class _RayTasks:
@@ -325,37 +335,56 @@ class _RayTasks:
         if self._started:
             # Connects to a cluster that is there.
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-        self.gpus = gpus if ray.cluster_resources().get("GPU") else 0
-        self._task = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=RETRIES)(_work)
+        resources = ray.cluster_resources()
+        if not resources.get("CPU"):
+            logger.warning("The Ray cluster has no CPU yet; tasks wait until it has one.")
+        self.gpus = gpus if resources.get("GPU") else 0
+        # Those that Ray itself begins again after a lack of memory have no end.
+        self._task = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=0)(_work)
+        exceptions = ray.exceptions
+        self._lost = (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError, exceptions.NodeDiedError)
         self._function: Any = None
-        self._running: set[Any] = set()
+        self._running: set[_RayJob] = set()
 
     def begin(self, function: bytes) -> None:
         self._function = self._ray.put(function)
 
-    def start(self, item: Any) -> Any:
-        task = self._task.remote(self._function, item)
-        self._running.add(task)
-        return task
+    def start(self, item: bytes) -> _RayJob:
+        job = _RayJob(item, self._task.remote(self._function, item))
+        self._running.add(job)
+        return job
 
-    def wait(self, running: Collection[Any]) -> set[Any]:
-        done = set(self._ray.wait(list(running))[0])
-        self._running -= done
-        return done
+    def wait(self, running: Collection[_RayJob]) -> set[_RayJob]:
+        while True:
+            ready = set(self._ray.wait([job.task for job in running])[0])
+            done = {job for job in running if job.task in ready and self._is_done(job)}
+            if done:
+                self._running -= done
+                return done
 
-    def result(self, task: Any) -> Any:
+    def _is_done(self, job: _RayJob) -> bool:
         try:
-            return self._ray.get(task)
+            job.answer = (True, self._ray.get(job.task))
+        except self._lost as error:
+            job.retries += 1
+            if job.retries > RETRIES:
+                job.answer = (False, _killed(type(error).__name__))
+                return True
+            logger.warning("A worker process has been lost (%s); another one does its work.", type(error).__name__)
+            job.task = self._task.remote(self._function, job.item)
+            return False
         except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-        except (self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.OutOfMemoryError) as error:
-            raise _killed(type(error).__name__) from error
+            error.cause.__cause__ = error
+            job.answer = (False, error.cause)
+        return True
 
     def close(self) -> None:
-        for task in self._running:
+        running = [job.task for job in self._running]
+        self._running.clear()
+        for task in running:
             self._ray.cancel(task, force=True)
         # What is left behind must no longer write.
-        if self._running:
-            self._ray.wait(list(self._running), num_returns=len(self._running), timeout=60)
+        if running:
+            self._ray.wait(running, num_returns=len(running), timeout=60)
         if self._started:
             self._ray.shutdown()

@@ -22,7 +22,12 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     Returns:
         A value in [0, 1]; NaN unless both labels occur.
     """
-    return gauc(labels, scores, np.zeros(len(labels), np.int8))
+    scores, is_positive = np.asarray(scores), np.asarray(labels) == 1
+    positives, negatives = np.sort(scores[is_positive]), np.sort(scores[~is_positive])
+    if not len(positives) or not len(negatives):
+        return math.nan
+    twice_below = sum(int(np.searchsorted(negatives, positives, side).sum()) for side in ("left", "right"))
+    return twice_below / (2 * len(positives) * len(negatives))
 
 
 def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -247,20 +247,25 @@ class RunFolder:
             remove_temporary(folder)
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, name: str = ".lock", take_over: bool = False) -> Iterator[None]:
         """Makes this process the only one that trains the run, and clears away what a killed one left half-written.
 
         A lock ends with its process, however that ends.
 
+        Args:
+            name: Of the file.
+            take_over: Whether a process of another machine that the file names is known to have ended, where the file
+                system does not say that it has not.
+
         Raises:
             RunError: If another process trains it.
         """
-        path = self.folder / ".lock"
+        path = self.folder / name
         with open(path, "a+", encoding="utf-8") as file:
             file.seek(0)
             owner, _, is_elsewhere = _owner_of(file.read(256))
             # The system knows the processes of this host only.
-            if not try_lock(file) or is_elsewhere:
+            if not try_lock(file) or (is_elsewhere and not take_over):
                 raise RunError(
                     f"{self.folder} is being trained by another process ({owner or 'just started'}). Wait for it, or "
                     f"end it. If it no longer exists, delete {path}."

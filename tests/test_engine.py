@@ -64,6 +64,21 @@ def differ(item: int) -> None:
     raise Unlike(item, 2)
 
 
+class Backend:
+    """Is, in a worker, the backend that would be chosen where this item is read."""
+
+    def __reduce__(self):
+        return backend, ()
+
+
+def backend() -> str | None:
+    return os.environ.get("KERAS_BACKEND")
+
+
+def same(item: object) -> object:
+    return item
+
+
 @pytest.fixture(scope="module", params=["local", "ray"])
 def engine(request):
     with Engine(request.param, 2) as engine:
@@ -98,6 +113,12 @@ def test_results_come_in_the_order_of_the_items(engine):
         of_process = [call for which, call in zip(processes, calls, strict=True) if which == process]
         assert sorted(of_process) == list(range(1, len(of_process) + 1))
     assert list(engine.map(Counted(), [])) == []
+
+
+@pytest.mark.slow
+def test_items_are_read_where_the_backend_is_that_of_this_process(engine, monkeypatch):
+    monkeypatch.setattr("keras.config.backend", lambda: "jax")
+    assert list(engine.map(same, [Backend()])) == ["jax"]
 
 
 @pytest.mark.slow

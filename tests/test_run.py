@@ -297,6 +297,11 @@ def test_the_lock_of_a_dead_process_counts_for_nothing_and_that_of_another_host_
         tiny_run.lock(),
     ):
         pass
+    # One who knows that it has ended takes over, but never from a process that is there.
+    with tiny_run.lock(take_over=True):
+        with pytest.raises(RunError, match="is being trained"), tiny_run.lock(take_over=True):
+            pass
+        assert lock.read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def test_a_half_written_lock_counts_for_nothing(tiny_run):

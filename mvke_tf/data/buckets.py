@@ -49,7 +49,7 @@ from mvke_tf.data.preparation import (
 from mvke_tf.data.scatter import Buckets, for_workers, scatter
 from mvke_tf.data.store import EntityTable, PreparedDataset, bucket_name
 from mvke_tf.data.tables import ITEMS, LOG, USERS, named_sources, names_the_declaration
-from mvke_tf.engine import Engine
+from mvke_tf.engine import Engine, EngineError
 from mvke_tf.errors import DataError, MvkeError
 from mvke_tf.io import atomic_write, discard, read_json, try_lock, write_json
 
@@ -141,6 +141,9 @@ def prepare_in_buckets(
         logger.info("Preparing %s in %d buckets of users in %s ...", dataset.name, buckets, work)
         try:
             _Preparation.begin(dataset, work, buckets, engine or Engine()).run(folder, fingerprint)
+        except EngineError:
+            # With fewer workers it goes on.
+            raise
         except MvkeError:
             # Tables or declaration have to change first.
             discard(work)

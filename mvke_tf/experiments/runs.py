@@ -63,7 +63,8 @@ def finished_run(
                 f"{folder} holds a run on other data, see its data.json. Delete it or choose another folder. "
                 f"Expected: {prepared.digest}. Received: {run.prepared.digest}"
             )
-        return train_run(run, callbacks).run
+        # Other processes get a run anew when the one that trained it, perhaps on another machine, has ended.
+        return train_run(run, callbacks, take_over=progress is None).run
 
 
 @dataclasses.dataclass(frozen=True)

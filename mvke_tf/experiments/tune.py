@@ -188,7 +188,8 @@ def tune(
     # KerasTuner reads those of an interrupted search in any order.
     done.sort(key=lambda trial: (-trial.score, int(trial.trial_id)))
     if not done:
-        raise TrainingError(f"No trial could be trained, see {folder / 'training.log'}. Received: {trials} trials")
+        log = folder / ("training.log" if engine.is_alone else "logs")
+        raise TrainingError(f"No trial could be trained, see {log}. Received: {trials} trials")
     best = trial_config(base, done[0].hyperparameters.values)
     for suffix, config in {**configs_of_runs(best, tasks), "": best}.items():
         write_json(folder / f"best_config{suffix}.json", config.to_dict())

@@ -40,6 +40,8 @@ def chosen_devices(wanted: int | str, tables: Sequence[TableMemory]) -> Devices 
     Raises:
         ConfigError: If there are fewer, or the backend is TensorFlow.
     """
+    if wanted != "all" and int(wanted) < 1:
+        raise ConfigError(f"Expected one device or more, or 'all'. Received: {wanted}")
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -208,7 +210,8 @@ class Led(keras.callbacks.Callback):
         if not self._devices.is_first and not math.isfinite(loss):
             raise TrainingError(f"The loss became {loss}, which the first process reports.")
         step = self.start + batch + 1
-        if is_due(step, self._last, self._every, self._steps):
+        # The first process, too, ends at a loss that is not finite: nobody would join it in copying.
+        if math.isfinite(loss) and is_due(step, self._last, self._every, self._steps):
             self._last = step
             self._copy()
         self._call("on_train_batch_end", batch, logs)

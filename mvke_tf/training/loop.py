@@ -106,7 +106,7 @@ def train(
         RunError: If the run exists.
         TrainingError: If the loss becomes NaN or infinite.
     """
-    _check_log(log)
+    check_log(log)
     run, training = _new(data, config, run_name, runs_dir, data_dir, devices)
     return _train(run, training, callbacks, log, devices)
 
@@ -158,7 +158,11 @@ def _new_folder(runs_dir: Path, name: str | None, model: str) -> Path:
 
 
 def train_run(
-    run: Run, callbacks: Sequence[keras.callbacks.Callback] = (), log: Sequence[str] = (), devices: int | str = 1
+    run: Run,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    log: Sequence[str] = (),
+    devices: int | str = 1,
+    take_over: bool = False,
 ) -> Result:
     """Trains the model of a run, new or interrupted, from its last finished epoch on.
 
@@ -167,6 +171,7 @@ def train_run(
         callbacks: As in `train`.
         log: As in `train`; a run that is logged to MLflow stays so.
         devices: As in `train`; with the same number as before, a resumed training ends with the same bits.
+        take_over: Whether the process that trained it on another machine is known to have ended.
 
     Returns:
         What was made; everything else is in the run directory.
@@ -177,11 +182,12 @@ def train_run(
         TrainingError: If the loss becomes NaN or infinite.
         KeyboardInterrupt: After Ctrl-C, with the command that continues; nothing is left half-written.
     """
-    _check_log(log)
-    return _train(run, None, callbacks, log, devices)
+    check_log(log)
+    return _train(run, None, callbacks, log, devices, take_over)
 
 
-def _check_log(log: Sequence[str]) -> None:
+def check_log(log: Sequence[str]) -> None:
+    """Raises `ConfigError` or `MissingExtraError` unless trainings can be logged there."""
     if unknown := set(log) - {"mlflow"}:
         raise ConfigError(f"Trainings can be logged to 'mlflow'. Received: {sorted(unknown)}")
     if log:
@@ -206,6 +212,7 @@ def _train(
     callbacks: Sequence[keras.callbacks.Callback],
     log: Sequence[str],
     devices: int | str,
+    take_over: bool = False,
 ) -> Result:
     history = _history(run)
     finished = len(history)
@@ -221,7 +228,7 @@ def _train(
         run.clear_temporary()
         LOGGER.info("All %d epochs of %s have finished already.", finished, run.folder)
     else:
-        with run.lock():
+        with run.lock(take_over=take_over):
             try:
                 history = _trained(run, training, callbacks, log, devices)
             except KeyboardInterrupt:
@@ -314,9 +321,12 @@ class _Training:
         shared = None
         if together is not None:
             with together.scope():
-                shared = build_training_model(config, schema, batches.steps)[1]
+                shared_plain, shared = build_training_model(config, schema, batches.steps)
             for variable, own in zip(state_of(shared), state_of(model), strict=True):
                 variable.assign(keras.ops.convert_to_numpy(own))
+            if not together.is_first:
+                # Which keeps nothing else.
+                plain, model = shared_plain, shared
         return cls(prepared, config, schema, parts, batches, plain, model, together, shared)
 
     def _megabytes(self) -> tuple[float, float]:

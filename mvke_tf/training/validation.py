@@ -11,7 +11,8 @@ import numpy as np
 
 from mvke_tf.data.batches import Interactions, Shards
 from mvke_tf.errors import DataError, MvkeError
-from mvke_tf.inference.predictions import predict
+from mvke_tf.inference.predictions import PAIRS, predict
+from mvke_tf.inference.vectors import slices
 from mvke_tf.losses import uncertainty_weight
 from mvke_tf.metrics import auc, multiclass_metrics, poisson_deviance
 from mvke_tf.models import TwoTowerModel
@@ -40,11 +41,20 @@ class Validation:
         self.model, self.data, self.tasks = model, data, tuple(tasks)
         self.loss_weights = dict(loss_weights or {})
         # Shards are read once here, and then for each prediction.
-        pieces = [(piece.labels, piece.weights, np.ones(len(piece), np.float32)) for piece in data.pieces()]
-        names = [task.name for task in tasks]
-        self._labels = {name: np.concatenate([labels[name] for labels, _, _ in pieces]) for name in names}
-        self._weights = {name: np.concatenate([some.get(name, ones) for _, some, ones in pieces]) for name in names}
-        self._rows = {name: np.flatnonzero(weight > 0) for name, weight in self._weights.items()}
+        pieces = [(len(piece), piece.labels, piece.weights) for piece in data.pieces()]
+        self._labels: dict[str, np.ndarray] = {}
+        # Of the rows that count; None where each counts as one.
+        self._weights: dict[str, np.ndarray | None] = {}
+        self._rows: dict[str, np.ndarray | slice] = {}
+        for name in [task.name for task in tasks]:
+            labels = np.concatenate([labels[name] for _, labels, _ in pieces])
+            weights: np.ndarray | None = None
+            rows: np.ndarray | slice = slice(None)
+            if any(name in some for _, _, some in pieces):
+                weights = np.concatenate([some.get(name, np.ones(size, np.float32)) for size, _, some in pieces])
+                rows = slice(None) if np.all(weights > 0) else np.flatnonzero(weights > 0)
+                weights = None if np.all(weights[rows] == 1) else weights[rows]
+            self._labels[name], self._weights[name], self._rows[name] = labels[rows], weights, rows
         for task in self.tasks:
             if reason := self._undefined(task):
                 LOGGER.warning(
@@ -55,7 +65,7 @@ class Validation:
                 )
 
     def _undefined(self, task: Task) -> str | None:
-        labels = self._labels[task.name][self._rows[task.name]]
+        labels = self._labels[task.name]
         if not len(labels):
             return "has no row that counts"
         if task.kind == "binary" and labels.min() == labels.max():
@@ -88,12 +98,12 @@ class Validation:
             rows = self._rows[task.name]
             conditional = task.objective == "conditional" and task.name in predictions.conditional
             predicted = np.asarray((predictions.conditional if conditional else predictions.values)[task.name])[rows]
-            labels = self._labels[task.name][rows].astype(np.float64)
+            labels = self._labels[task.name]
             if not np.isfinite(predicted).all():
                 return {"val_loss": math.nan}
             loss = math.nan
-            if len(rows):
-                loss = float(np.average(_losses(task, labels, predicted), weights=self._weights[task.name][rows]))
+            if len(labels):
+                loss = _mean_loss(task, labels, predicted, self._weights[task.name])
                 losses.append(self._weighted(task, loss))
             measured[f"val_{task.name}_loss"] = loss
             if task.kind == "binary":
@@ -107,14 +117,14 @@ class Validation:
                     measured[f"val_{task.name}_{column}"] = math.nan if value is None else float(value)
                 aucs.append(measured[f"val_{task.name}_auc"])
             elif task.kind == "count":
-                deviance = poisson_deviance(labels, predicted)
+                deviance = poisson_deviance(labels.astype(np.float64), predicted)
                 measured[f"val_{task.name}_poisson_deviance"] = deviance
                 errors.append(deviance)
             else:
-                error = predicted - _untransformed(task, labels)
-                rmse = float(np.sqrt(np.mean(np.square(error)))) if len(rows) else math.nan
+                error = predicted - _untransformed(task, labels.astype(np.float64))
+                rmse = float(np.sqrt(np.mean(np.square(error)))) if len(labels) else math.nan
                 measured[f"val_{task.name}_rmse"] = rmse
-                measured[f"val_{task.name}_mae"] = float(np.mean(np.abs(error))) if len(rows) else math.nan
+                measured[f"val_{task.name}_mae"] = float(np.mean(np.abs(error))) if len(labels) else math.nan
                 errors.append(rmse)
         total = float(np.sum(losses))
         return {"val_loss": total, **measured, "val_score": _score(aucs, errors, total)}
@@ -132,6 +142,15 @@ def _score(aucs: Sequence[float], errors: Sequence[float], loss: float) -> float
     if aucs:
         return float(np.mean(aucs))
     return -float(np.mean(errors)) if errors else -loss
+
+
+def _mean_loss(task: Task, labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray | None) -> float:
+    """The mean of the losses, in float64, of which few are held at a time."""
+    total = 0.0
+    for some in slices(len(labels), PAIRS):
+        losses = _losses(task, labels[some].astype(np.float64), predicted[some])
+        total += float(np.sum(losses if weights is None else losses * weights[some]))
+    return total / (len(labels) if weights is None else float(np.sum(weights, dtype=np.float64)))
 
 
 def _losses(task: Task, labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:

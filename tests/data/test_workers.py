@@ -14,7 +14,7 @@ from mvke_tf.data import buckets
 from mvke_tf.data.buckets import prepare_in_buckets
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.preparation import prepared_dataset
-from mvke_tf.engine import Engine
+from mvke_tf.engine import Engine, EngineError
 from mvke_tf.errors import DataError
 from mvke_tf.io import checksums
 from tests.conftest import REPOSITORY
@@ -89,6 +89,25 @@ def test_workers_may_be_killed(tmp_path, monkeypatch, engine):
     assert prepared(small_dataset(), tmp_path / "together", engine) == alone
     left = sorted(path.name for path in (tmp_path / "together").iterdir())
     assert left == ["killed encoding", "killed learning", "killed preparing", "prepared"]
+
+
+class KilledAlways(buckets._Preparation):
+    """Its workers do not survive the encoding."""
+
+    def _write_bucket(self, *arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_that_are_always_killed_lose_nothing_that_was_finished(tmp_path, monkeypatch, engine):
+    alone = prepared(small_dataset(), tmp_path / "alone")
+    with monkeypatch.context() as patch:
+        patch.setattr("mvke_tf.data.buckets._Preparation", KilledAlways)
+        with pytest.raises(EngineError, match="Give fewer workers"):
+            prepared(small_dataset(), tmp_path / "together", engine)
+    (work,) = (tmp_path / "together").glob("*.unfinished")
+    assert len(list((work / "pieces").iterdir())) == BUCKETS
+    monkeypatch.setattr("mvke_tf.data.buckets._Preparation._write_piece", None)
+    assert prepared(small_dataset(), tmp_path / "together") == alone
 
 
 def test_errors_are_those_of_one_process(tmp_path, engine):

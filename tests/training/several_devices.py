@@ -17,6 +17,7 @@ if __name__ == "__main__":
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, rank)
+    from mvke_tf.inference.predictions import predict
     from mvke_tf.run import Run
     from mvke_tf.training import devices, follow, loop, train_run
 
@@ -51,3 +52,6 @@ if __name__ == "__main__":
             losses = Losses()
             train_run(Run.open(folder), [losses], devices="all")
             (folder / "losses.json").write_text(json.dumps(losses.losses))
+            best, data = Run.open(folder).load_model(), Run.open(folder).prepared.bucket_with("train")
+            predicted = predict(best, data.part("train", best.task_names)).values
+            (folder / "predicted.json").write_text(json.dumps({name: list(one) for name, one in predicted.items()}))

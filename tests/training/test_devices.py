@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,13 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
 from mvke_tf.data.buckets import prepare_in_buckets
 from mvke_tf.data.store import PreparedDataset
-from mvke_tf.errors import ConfigError
+from mvke_tf.errors import ConfigError, RunError, TrainingError
 from mvke_tf.evaluation import evaluate_run
 from mvke_tf.run import Run
+from mvke_tf.serving import export_run
 from mvke_tf.training import launch, train
 from tests.small import SMALL, small_dataset, small_prepared, small_toml
 from tests.training.helpers import assert_same_history, assert_same_state, state
@@ -47,15 +50,18 @@ SETTINGS = {
 }
 
 
+# Runs command lines on a cluster with room for two processes.
 ON_RAY = """
-import sys
-from pathlib import Path
+import shlex, sys
 import ray
-from mvke_tf.run import Run
-from mvke_tf.training.launch import train_on_ray
+from mvke_tf.cli import main
 
 ray.init(num_cpus=2, include_dashboard=False, runtime_env={"worker_process_setup_hook": "mvke_tf.engine.quieten_ray"})
-print("best epoch", train_on_ray(Run.open(Path(sys.argv[1])), 2).best_epoch)
+for line in sys.argv[1:]:
+    try:
+        main(shlex.split(line))
+    except SystemExit as ended:
+        print("status", ended.code, flush=True)
 """
 # Where they are trained on two devices of one process, too.
 OF_DEVICES = ("sparse",)
@@ -142,27 +148,68 @@ def test_losses_and_weights_of_one_device(trained, several, settings):
 
 
 def test_what_processes_have_trained_is_the_same_under_tensorflow(trained):
+    """The checkpoint, evaluated, and the export: what it answers for raw values is what JAX computes."""
     run = trained["processes"]["default"]
     best = max(run.history(), key=lambda epoch: epoch["val_score"])
     report = evaluate_run(run, "validation")["validation"]
     for task in run.prepared.task_names():
         assert report[task]["auc"] == pytest.approx(best[f"val_{task}_auc"], abs=1e-6)
+    predicted = json.loads((run.folder / "predicted.json").read_text())
+    prepared = run.prepared.bucket_with("train")
+    rows = prepared.part_rows("train")
+    raw = {
+        name: tf.convert_to_tensor(table.raw[name][of_table[rows]])
+        for table, of_table in ((prepared.users, prepared.user_row), (prepared.items, prepared.item_row))
+        for name in prepared.encoder.raw_inputs(table.side)
+    }
+    answer = tf.saved_model.load(export_run(run)).signatures["serving_default"](**raw)
+    assert set(answer) == set(predicted) == set(run.prepared.task_names())
+    for task, values in predicted.items():
+        np.testing.assert_allclose(np.ravel(answer[task]), values, atol=1e-6)
+        assert np.ptp(values) > 0.01
 
 
-def test_on_ray_a_killed_process_begins_again_and_the_end_has_the_same_bits(trained, tmp_path, monkeypatch):
+def on_ray(*lines: str) -> subprocess.Popen:
     environment = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    unbroken = trained["processes"]["default"]
-    broken = Run.create(tmp_path / "broken", unbroken.config, unbroken.prepared)
-    started = time.time()
-    with subprocess.Popen(
-        [sys.executable, "-c", ON_RAY, str(broken.folder)],
+    return subprocess.Popen(
+        [sys.executable, "-c", ON_RAY, *lines],
         env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    ) as process:
-        while not broken.state_file.is_file() and process.poll() is None and time.time() < started + 400:
-            time.sleep(0.01)
+        start_new_session=True,
+    )
+
+
+def until_kept(run: Run, process: subprocess.Popen) -> None:
+    """Waits until a training has kept a state that is not there yet."""
+    before = run.state_file.stat().st_mtime_ns if run.state_file.is_file() else None
+    deadline = time.monotonic() + 400
+    while not run.state_file.is_file() or run.state_file.stat().st_mtime_ns == before:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_on_ray_what_is_interrupted_or_killed_goes_on_and_the_end_has_the_same_bits(trained, tmp_path):
+    unbroken = trained["processes"]["default"]
+    broken = Run.create(tmp_path / "broken", unbroken.config, unbroken.prepared)
+    # As if it had been killed before, on a machine that is not there any more.
+    (broken.folder / ".lock").write_text("process 1 on elsewhere")
+    diverging = dataclasses.replace(unbroken.config, training=dataclasses.replace(TRAINING, learning_rate=1e30))
+    wrong = Run.create(tmp_path / "wrong", diverging, unbroken.prepared)
+    again, no_end = (f"train --resume {run.folder} --engine ray --workers 2" for run in (broken, wrong))
+    no_room = f"train --data {small_toml(tmp_path)} --runs_dir {tmp_path / 'runs'} --engine ray --workers 9"
+
+    with on_ray(again) as process:
+        until_kept(broken, process)
+        with pytest.raises(RunError, match="is being trained by another process"), broken.lock(".ray.lock"):
+            pass
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=500)[0]
+    assert "status 130\n" in said and f"Continue with: mvke {again}" in said, said
+
+    with on_ray(again, no_end, no_room) as process:
+        until_kept(broken, process)
         workers = [
             int(path.parent.name)
             for path in Path("/proc").glob("[0-9]*/cmdline")
@@ -171,24 +218,42 @@ def test_on_ray_a_killed_process_begins_again_and_the_end_has_the_same_bits(trai
         assert workers
         os.kill(max(workers), signal.SIGKILL)
         said = process.communicate(timeout=500)[0]
-    assert process.returncode == 0, said
-    assert said.count("Continuing") == 1, said
+    assert said.count(f"Continuing {broken.folder}") == 2, said
     assert_same_state(state(broken), state(unbroken))
     assert_same_history(broken.history(), unbroken.history())
-    assert not (broken.folder / "ray").exists()
+    # What beginning again would not mend ends a training at once, in one line.
+    assert re.findall("^status (.*)", said, re.M) == ["0", "2", "2"], said
+    errors = re.findall("^error: (.*)", said, re.M)
+    assert len(errors) == 2 and "The loss became " in errors[0] and "has 2 CPUs" in errors[1], said
+    assert not (broken.folder / "ray").exists() and not (wrong.folder / "ray").exists()
+    assert not (tmp_path / "runs").exists()
 
 
-def test_a_process_that_does_not_know_the_others_is_an_error(trained):
+def test_a_loss_that_is_not_finite_ends_all_processes(trained, tmp_path):
+    good = trained["processes"]["sparse"]
+    training = dataclasses.replace(good.config.training, learning_rate=1e30, checkpoint_steps=1)
+    run = Run.create(tmp_path / "wrong", dataclasses.replace(good.config, training=training), good.prepared)
+    started = start([run.folder], processes=2)
+    for process in started:
+        said = process.communicate(timeout=500)[0]
+        assert process.returncode == 1 and re.search("The loss became (nan|inf|NaN)", said), said
+
+
+def test_a_process_that_does_not_know_the_others_is_an_error(tmp_path):
     """As Ray's default makes them on a CPU, where each would train a model of its own."""
-    with pytest.raises(RuntimeError, match="Expected 2 processes that know each other, not 1"):
-        launch._train({"folder": str(trained["one"]["default"].folder), "workers": 2, "log": []})
+    with pytest.raises(TrainingError, match="Expected 2 processes that know each other, not 1"):
+        launch._train({"folder": str(tmp_path), "workers": 2, "log": []})
+    (tmp_path / "ray" / "failure-000003.txt").write_text("of a later process")
+    assert launch._failure(tmp_path) == "Expected 2 processes that know each other, not 1"
 
 
 def test_each_process_has_all_gpus_of_a_machine():
     cpus = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"CPU": 4.0, "GPU": 8.0}}]
     gpus = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": number}} for number in (8.0, 4.0)]
     assert launch._resources(cpus, 4) == {"CPU": 1}
-    assert launch._resources([*cpus, *gpus], 2) == {"GPU": 4.0}
+    found = launch._resources([*cpus, *gpus], 2)
+    # Ray counts with it.
+    assert found == {"GPU": 4} and isinstance(found["GPU"], int)
     with pytest.raises(ConfigError, match=r"has 4 CPUs, one for each worker. Received: 5 workers"):
         launch._resources(cpus, 5)
     with pytest.raises(ConfigError, match=r"has 2 machines with GPUs, one for each worker. Received: 3 workers"):
@@ -196,6 +261,8 @@ def test_each_process_has_all_gpus_of_a_machine():
 
 
 def test_devices_that_are_not_there_are_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"Expected one device or more, or 'all'. Received: 0"):
+        train(small_prepared(), None, "one", tmp_path / "runs", tmp_path / "data", devices=0)
     with pytest.raises(ConfigError, match=r"under JAX only. Received: devices 3, of 1,"):
         train(small_prepared(), None, "one", tmp_path / "runs", tmp_path / "data", devices=3)
     assert not (tmp_path / "runs").exists()
