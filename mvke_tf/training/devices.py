@@ -168,6 +168,7 @@ class Led(keras.callbacks.Callback):
         self._devices, self._callbacks, self._kept, self._history = devices, callbacks, kept, history
         self._every, self._steps, self._progress = every, steps, progress
         self.start = self._last = progress.step if progress else 0
+        self._has_begun = False
 
     def set_params(self, params):
         super().set_params(params)
@@ -192,6 +193,10 @@ class Led(keras.callbacks.Callback):
                 variable.assign(array)
 
     def on_train_begin(self, logs=None):
+        if not self._has_begun:
+            # What is continued: curves and warnings begin with its learning rate and its gates.
+            self._has_begun = True
+            self._copy()
         self._call("on_train_begin", logs)
 
     def on_train_end(self, logs=None):

@@ -34,8 +34,7 @@ def ray_cluster(workers: int, log: Sequence[str] = ()) -> Iterator[dict[str, int
         MissingExtraError: If Ray, JAX, or what logs is not installed.
         ConfigError: If the cluster has no room for so many processes, or nothing logs there.
     """
-    for module in ("ray", "jax"):
-        require_extra("ray", module)
+    require_extra("ray", "ray", "jax")
     check_log(log)
     import ray
 

@@ -25,6 +25,7 @@ from mvke_tf.evaluation import evaluate_run
 from mvke_tf.run import Run
 from mvke_tf.serving import export_run
 from mvke_tf.training import launch, train
+from tests.chaos.stages import differences, outcome
 from tests.small import SMALL, small_dataset, small_prepared, small_toml
 from tests.training.helpers import assert_same_history, assert_same_state, state
 
@@ -181,11 +182,10 @@ def on_ray(*lines: str) -> subprocess.Popen:
     )
 
 
-def until_kept(run: Run, process: subprocess.Popen) -> None:
-    """Waits until a training has kept a state that is not there yet."""
-    before = run.state_file.stat().st_mtime_ns if run.state_file.is_file() else None
+def until_kept(run: Run, process: subprocess.Popen, epochs: int) -> None:
+    """Waits until a training has kept a state after so many epochs."""
     deadline = time.monotonic() + 400
-    while not run.state_file.is_file() or run.state_file.stat().st_mtime_ns == before:
+    while not run.state_file.is_file() or len(run.history()) < epochs:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -201,7 +201,7 @@ def test_on_ray_what_is_interrupted_or_killed_goes_on_and_the_end_has_the_same_b
     no_room = f"train --data {small_toml(tmp_path)} --runs_dir {tmp_path / 'runs'} --engine ray --workers 9"
 
     with on_ray(again) as process:
-        until_kept(broken, process)
+        until_kept(broken, process, 0)
         with pytest.raises(RunError, match="is being trained by another process"), broken.lock(".ray.lock"):
             pass
         os.killpg(process.pid, signal.SIGINT)
@@ -209,7 +209,7 @@ def test_on_ray_what_is_interrupted_or_killed_goes_on_and_the_end_has_the_same_b
     assert "status 130\n" in said and f"Continue with: mvke {again}" in said, said
 
     with on_ray(again, no_end, no_room) as process:
-        until_kept(broken, process)
+        until_kept(broken, process, 1)
         workers = [
             int(path.parent.name)
             for path in Path("/proc").glob("[0-9]*/cmdline")
@@ -221,6 +221,7 @@ def test_on_ray_what_is_interrupted_or_killed_goes_on_and_the_end_has_the_same_b
     assert said.count(f"Continuing {broken.folder}") == 2, said
     assert_same_state(state(broken), state(unbroken))
     assert_same_history(broken.history(), unbroken.history())
+    assert not differences(outcome(broken.logs), outcome(unbroken.logs))
     # What beginning again would not mend ends a training at once, in one line.
     assert re.findall("^status (.*)", said, re.M) == ["0", "2", "2"], said
     errors = re.findall("^error: (.*)", said, re.M)
