@@ -316,6 +316,27 @@ class _Processes:
 # Ray
 
 
+def start_ray(**options: Any) -> None:
+    """Connects to the Ray cluster that is there, else starts one on this machine.
+
+    Raises:
+        ConfigError: If nothing answers where `RAY_ADDRESS` says, for which Ray itself would wait for minutes.
+    """
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConfigError(
+                f"No Ray cluster answers at {address}, which the environment variable RAY_ADDRESS names ({error}). "
+                "Start one there, or unset it to start one on this machine."
+            ) from error
+    ray.init(include_dashboard=False, **options)
+
+
 class _RayJob:
     """An item, the task that does it, and at last whether it was done, and its result or error."""
 
@@ -333,8 +354,7 @@ class _RayTasks:
         self._ray = ray
         self._started = not ray.is_initialized()
         if self._started:
-            # Connects to a cluster that is there.
-            ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+            start_ray(logging_level=logging.ERROR, log_to_driver=False)
         resources = ray.cluster_resources()
         if not resources.get("CPU"):
             logger.warning("The Ray cluster has no CPU yet; tasks wait until it has one.")

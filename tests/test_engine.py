@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mvke_tf.engine import RETRIES, Engine, EngineError
+from mvke_tf.engine import RETRIES, Engine, EngineError, start_ray
 from mvke_tf.errors import ConfigError, DataError, MvkeError
 from tests.conftest import REPOSITORY
 
@@ -62,6 +62,12 @@ class Unlike(Exception):
 
 def differ(item: int) -> None:
     raise Unlike(item, 2)
+
+
+def test_a_cluster_that_does_not_answer(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"No Ray cluster answers at 127\.0\.0\.1:1, which .*RAY_ADDRESS"):
+        start_ray()
 
 
 class Backend:

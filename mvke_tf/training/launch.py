@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mvke_tf.engine import start_ray
 from mvke_tf.errors import ConfigError, MvkeError, TrainingError, require_extra
 from mvke_tf.io import one_line
 from mvke_tf.run import Run
@@ -32,7 +33,7 @@ def ray_cluster(workers: int, log: Sequence[str] = ()) -> Iterator[dict[str, int
 
     Raises:
         MissingExtraError: If Ray, JAX, or what logs is not installed.
-        ConfigError: If the cluster has no room for so many processes, or nothing logs there.
+        ConfigError: If there is no cluster where `RAY_ADDRESS` says, or no room in it, or nothing logs there.
     """
     require_extra("ray", "ray", "jax")
     check_log(log)
@@ -41,7 +42,7 @@ def ray_cluster(workers: int, log: Sequence[str] = ()) -> Iterator[dict[str, int
     started = not ray.is_initialized()
     if started:
         hook = {"worker_process_setup_hook": "mvke_tf.engine.quieten_ray"}
-        ray.init(include_dashboard=False, logging_level=logging.WARNING, runtime_env=hook)
+        start_ray(logging_level=logging.WARNING, runtime_env=hook)
     try:
         yield _resources(ray.nodes(), workers)
     finally:
