@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import json
-import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -182,11 +182,12 @@ def test_index_ranges():
 
 
 @pytest.mark.parametrize("text", ["0-99999999999", "99999999999999999999999999", ",".join(["0-4095"] * 10_000)])
-def test_an_endless_range_is_refused_at_once(text):
-    started = time.perf_counter()
+def test_an_endless_range_is_refused_before_it_is_counted_out(text):
+    tracemalloc.start()
     with pytest.raises(ConfigError, match=r"task_kernels: Expected .* Received: '.{1,60}'$"):
         ModelConfig(num_virtual_kernels=4096, task_kernels=(text,))
-    assert time.perf_counter() - started < 1
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
 
 
 def test_settings_with_an_entry_per_task_fit_the_tasks():

@@ -41,7 +41,8 @@ def test_vectors_of_some_rows(model):
     rows = np.array([7, 0, 7])
     everything, some = vectors_of(model.user_tower, USERS, batch=4), vectors_of(model.user_tower, USERS, rows, batch=4)
     for task in everything:
-        np.testing.assert_array_equal(some[task], everything[task][rows])
+        # A row is rounded by its place in a batch.
+        assert_close(some[task], everything[task][rows])
     assert vectors_of(model.user_tower, USERS, rows[:0], batch=4)["ctr"].shape == (0, 24)
 
 
