@@ -41,7 +41,8 @@ def finished_run(
         folder: The run directory.
         prepared: The data.
         log: A text file; what training says is added to it.
-        progress: Is shown the epochs.
+        progress: Is shown the epochs. None in another process of an engine, which gets a run anew only when the one
+            that trained it, perhaps on another machine, has ended: its lock is taken over.
 
     Raises:
         RunError: If the folder holds a run of other settings or other data, or is damaged.
@@ -63,7 +64,6 @@ def finished_run(
                 f"{folder} holds a run on other data, see its data.json. Delete it or choose another folder. "
                 f"Expected: {prepared.digest}. Received: {run.prepared.digest}"
             )
-        # Other processes get a run anew when the one that trained it, perhaps on another machine, has ended.
         return train_run(run, callbacks, take_over=progress is None).run
 
 

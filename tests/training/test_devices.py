@@ -136,6 +136,10 @@ def test_losses_and_weights_of_one_device(trained, several, settings):
     assert len(losses) == 3 * math.ceil(7 * 48 / one.config.training.batch_size)
     assert losses[-1] < losses[0] - 0.01
     np.testing.assert_allclose(others, losses, atol=1e-4)
+    assert_nearly_the_same(one, other)
+
+
+def assert_nearly_the_same(one: Run, other: Run) -> None:
     for ours, theirs in zip(one.history(), other.history(), strict=True):
         for name, value in theirs.items():
             # Keras weighs the last batch by its rows, those that fill it up included.
@@ -146,6 +150,19 @@ def test_losses_and_weights_of_one_device(trained, several, settings):
     assert kept.keys() == others.keys()
     for name, array in kept.items():
         np.testing.assert_allclose(others[name], array, atol=2e-3, err_msg=name)
+
+
+def test_a_training_goes_on_with_another_number_of_devices(trained, tmp_path):
+    """Tables that two devices shared are whole again on one."""
+    unbroken = trained["one"]["sparse"]
+    run = Run.create(tmp_path / "sparse", unbroken.config, unbroken.prepared)
+    with start([run.folder], devices=2)[0] as process:
+        until_kept(run, process, 1)
+        process.kill()
+    assert len(run.history()) < 3
+    said = finished(start([run.folder]))[0]
+    assert f"Continuing {run.folder}" in said and "devices (cpu)" not in said
+    assert_nearly_the_same(unbroken, run)
 
 
 def test_what_processes_have_trained_is_the_same_under_tensorflow(trained):
