@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import platform
 import re
 import select
 import shlex
@@ -194,16 +195,23 @@ def check_backend() -> str:
     return name
 
 
-def import_tensorflow() -> None:
+def import_tensorflow(onednn: bool = True) -> None:
     """Imports TensorFlow and Keras without start-up messages, which no environment variable silences.
 
     What is written to file descriptor 2 meanwhile is shown only if the import fails. TensorFlow's converter of JAX
     functions, and what Keras offers for scikit-learn, matplotlib and pandas, are left out: no command uses them,
     and they take a third of the time.
+
+    Args:
+        onednn: Whether TensorFlow computes with oneDNN on every x86 CPU, unless the environment variable
+            TF_ENABLE_ONEDNN_OPTS is set; else on those that it chooses, which have AVX-512 for neural networks. On
+            others training is faster with it, and the answer to a single user slower.
     """
     if "tensorflow" in sys.modules:
         return
     backend = check_backend()
+    if onednn and platform.machine() in ("x86_64", "AMD64"):
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     sys.stderr.flush()
     with tempfile.TemporaryFile() as hidden:
         kept = os.dup(2)
@@ -964,7 +972,7 @@ def _check_serve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 def _serve(args: argparse.Namespace) -> None:
     """Serves an exported model over HTTP, in TensorFlow Serving's protocol."""
     require_extra("serve", "starlette", "uvicorn")
-    import_tensorflow()
+    import_tensorflow(onednn=False)
     from mvke_tf.serving.rest import Limits, serve
 
     token = None

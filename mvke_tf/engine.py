@@ -147,8 +147,9 @@ class _Pool(Protocol):
 
 
 def _environment(gpus: int) -> dict[str, str]:
-    """What workers have in theirs: the backend of this process, and no GPU but their own: each takes all its memory."""
-    shared = {name: os.environ[name] for name in ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL") if name in os.environ}
+    """What workers have in theirs: how this process computes, and no GPU but their own: each takes all its memory."""
+    names = ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS")
+    shared = {name: os.environ[name] for name in names if name in os.environ}
     if keras := sys.modules.get("keras"):
         shared["KERAS_BACKEND"] = keras.config.backend()
     # Ray shows a task its own.

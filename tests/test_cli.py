@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import os
+import platform
 import re
 import runpy
 import shlex
@@ -96,6 +97,22 @@ def test_tensorflow_logs_little_unless_told_otherwise(before, after, monkeypatch
     seen = []
     assert status(lambda: seen.append(os.environ["TF_CPP_MIN_LOG_LEVEL"])) == 0
     assert seen == [after]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN is that of x86")
+@pytest.mark.parametrize(("said", "is_on"), [(None, True), ("0", False)])
+def test_tensorflow_computes_with_onednn_on_every_cpu(said, is_on):
+    name = "TF_ENABLE_ONEDNN_OPTS"
+    environment = {key: value for key, value in os.environ.items() if key != name} | ({name: said} if said else {})
+    code = (
+        "from mvke_tf.cli import import_tensorflow; import_tensorflow()\n"
+        "from tensorflow.python.framework.test_util import IsMklEnabled; print(IsMklEnabled())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=REPOSITORY, timeout=120
+    )
+    assert (done.stdout, done.stderr) == (f"{is_on}\n", "")
 
 
 @pytest.mark.slow
