@@ -77,6 +77,26 @@ def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+def on_disk(folder: Path, rows: int, kind: Any) -> np.ndarray:
+    """An array `(rows,)` of zeros in a file without a name: the system takes its pages from memory when that is short.
+
+    Raises:
+        OSError: If the disk has no room for it.
+    """
+    import numpy as np
+
+    size = rows * np.dtype(kind).itemsize
+    if not size:
+        return np.zeros(rows, kind)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):
+            # Else a page for which there is no room later would end the process.
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+        return np.asarray(np.memmap(file, kind, "r+", shape=(rows,)))
+
+
 def discard(folder: Path) -> None:
     """Deletes a folder at once: a process that is killed meanwhile leaves what the next write beside it clears away."""
     aside = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-{_host()}-", dir=folder.parent)

@@ -2,8 +2,9 @@
 """Preparation of a log that does not fit into memory, bucket by bucket: the same rows, values and encoder as in memory.
 
 All rows of a user are in one bucket, in which histories, parts, negatives and user states are made as in memory. Of
-the whole log memory holds what takes a few bytes per row: moments, items and places of the rows in its order, the
-columns of the statistics of items while these are made, and the numbers of one feature while its bounds are found.
+the whole log, files hold what takes a few bytes per row: moments, items and places of the rows in its order, and the
+columns of the statistics of items while these are made. They are mapped into memory, whose pages the system takes back
+when it is short of them.
 
 Every step writes a folder or a file that appears when it is complete, so that an interrupted preparation goes on with
 what it has, and ends with the same bytes. What is done bucket by bucket is done by the workers of an engine.
@@ -22,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import polars as pl
@@ -51,7 +52,7 @@ from mvke_tf.data.store import EntityTable, PreparedDataset, bucket_name
 from mvke_tf.data.tables import ITEMS, LOG, USERS, named_sources, names_the_declaration
 from mvke_tf.engine import Engine, EngineError
 from mvke_tf.errors import DataError, MvkeError
-from mvke_tf.io import atomic_write, discard, read_json, try_lock, write_json
+from mvke_tf.io import atomic_write, discard, on_disk, read_json, try_lock, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ _ROW, _SLOT, _NEGATIVE = 400, 30, 100
 _SHARE = 1 / 8
 # Files that a process may have open.
 _MOST_BUCKETS = 512
+_ROWS_AT_A_TIME = 1 << 22
 
 
 def number_of_buckets(dataset: Dataset, memory_mb: int | None = None) -> int:
@@ -212,6 +214,7 @@ class _Preparation:
             int(self._starts[-1]),
             len(self.buckets),
             self._engine,
+            functools.partial(on_disk, self.work, int(self._starts[-1])),
         )
 
     def _ordered(self, name: str) -> np.ndarray | None:
@@ -320,7 +323,7 @@ class _Preparation:
         if self.log.items is None:
             items, _, catalogue = items_of(self.log, features, np.zeros(0, np.int8), None, None)
             return items, [np.zeros(number, np.int32) for number in interactions], catalogue
-        parts = np.empty(len(self.log), np.int8)
+        parts = on_disk(self.work, len(self.log), np.int8)
         for number in numbers:
             position = self._ordered("position")
             if position is not None:
@@ -328,9 +331,9 @@ class _Preparation:
                 parts[position[span]] = np.load(self._piece(number) / "parts.npy")
         ends = np.cumsum(interactions)
         spans = [slice(end - size, end) for end, size in zip(ends.tolist(), interactions, strict=True)]
-        item, time = np.empty(sum(interactions), np.int32), None
+        item, time = on_disk(self.work, sum(interactions), np.int32), None
         if self.log.time is not None and needs_moments(self.rows(0)):
-            time = np.empty(len(item), np.int64)
+            time = on_disk(self.work, len(item), np.int64)
         for number, span in enumerate(spans):
             item[span] = self._columns(number, "item")[0]
             if time is not None:
@@ -482,19 +485,19 @@ def _order(buckets: Buckets, folder: Path, engine: Engine, done: Any) -> None:
     # The last key is the first to sort by. Users and items have the numbers of their bucket at first.
     kinds = {"number": (dataset.keys.user is None, np.int64), "item": (dataset.keys.item is not None, np.int32)}
     kinds |= {"user": (dataset.keys.user is not None, np.int32), "time": (dataset.source.time is not None, np.int64)}
-    keys: dict[str, np.ndarray] = {name: np.empty(total, kind) for name, (is_there, kind) in kinds.items() if is_there}
-    found = engine.map(functools.partial(_keys_of, buckets), range(len(buckets)))
-    for rows, (of_bucket, named, lacked) in zip(buckets.rows, found, strict=True):
-        spans.append(slice(end, end + rows))
-        end += rows
-        for name, column in of_bucket.items():
-            keys[name][spans[-1]] = column
-        users += [named["user"]] if "user" in named else []
-        items += [named["item"]] if "item" in named else []
-        lacking += lacked
-        done(rows)
     with atomic_write(folder) as temporary:
         temporary.mkdir()
+        keys = {name: on_disk(temporary, total, kind) for name, (is_there, kind) in kinds.items() if is_there}
+        found = engine.map(functools.partial(_keys_of, buckets), range(len(buckets)))
+        for rows, (of_bucket, named, lacked) in zip(buckets.rows, found, strict=True):
+            spans.append(slice(end, end + rows))
+            end += rows
+            for name, column in of_bucket.items():
+                keys[name][spans[-1]] = column
+            users += [named["user"]] if "user" in named else []
+            items += [named["item"]] if "item" in named else []
+            lacking += lacked
+            done(rows)
         if items:
             every = pl.concat(items).unique().sort()
             pl.DataFrame({"key": every}).write_parquet(temporary / "items.parquet")
@@ -507,16 +510,52 @@ def _order(buckets: Buckets, folder: Path, engine: Engine, done: Any) -> None:
             parts = np.split(rank, np.cumsum([len(own) for own in users])[:-1])
             for span, part in zip(spans, parts, strict=True):
                 keys["user"][span] = part[keys["user"][span]]
-        order = np.lexsort(list(keys.values()))
-        for name in ("time", "item"):
-            if name in keys:
-                np.save(temporary / f"{name}.npy", keys[name][order])
-        keys.clear()
-        position = np.empty(total, np.int64)
-        position[order] = np.arange(total)
+        position, end = on_disk(temporary, total, np.int64), 0
+        with contextlib.ExitStack() as opened:
+            ordered = {
+                name: opened.enter_context(_array_file(temporary / f"{name}.npy", total, keys[name].dtype))
+                for name in ("time", "item")
+                if name in keys
+            }
+            for some in _sorted(list(keys.values()), temporary):
+                position[some] = np.arange(end, end + len(some))
+                end += len(some)
+                for name, file in ordered.items():
+                    keys[name][some].tofile(file)
         np.save(temporary / "position.npy", position)
         about = {"lacking": lacking, "users": sum(map(len, users))}
         (temporary / "order.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _array_file(path: Path, rows: int, kind: np.dtype) -> Iterator[BinaryIO]:
+    """A file that `np.load` reads, once so many numbers have been written to it."""
+    about = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (rows,)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, about)
+        yield file
+
+
+def _sorted(keys: Sequence[np.ndarray], folder: Path) -> Iterator[np.ndarray]:
+    """What `np.lexsort(keys)` gives, about `_ROWS_AT_A_TIME` rows at a time, which are spread over files before."""
+    first, rows = keys[-1], len(keys[-1])
+    number = min(-(-rows // _ROWS_AT_A_TIME), _MOST_BUCKETS)
+    sample = np.sort(first[:: max(1, rows // (1000 * number))])
+    bounds = np.unique(sample[len(sample) * np.arange(1, number) // number])
+    bounds = bounds[bounds > sample[0]]
+    paths = [folder / f"rows-{number}" for number in range(len(bounds) + 1)]
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(open(path, "wb")) for path in paths]
+        for start in range(0, rows, _ROWS_AT_A_TIME):
+            place = np.searchsorted(bounds, first[start : start + _ROWS_AT_A_TIME], side="right").astype(np.int16)
+            some = np.argsort(place, kind="stable")
+            ends = np.cumsum(np.bincount(place, minlength=len(files)))
+            for file, part in zip(files, np.split(some, ends[:-1]), strict=True):
+                (start + part).tofile(file)
+    for path in paths:
+        some = np.fromfile(path, np.int64)
+        path.unlink()
+        yield some[np.lexsort([key[some] for key in keys])]
 
 
 @contextlib.contextmanager

@@ -1108,6 +1108,7 @@ class Log:
         rows: How many rows there are in buckets; None of a log in memory.
         buckets: How many buckets.
         engine: Who asks the rows of buckets; by default this process.
+        column: Makes an array of a type for all rows that are in buckets.
     """
 
     def __init__(
@@ -1119,9 +1120,11 @@ class Log:
         rows: int | None = None,
         buckets: int = 1,
         engine: Engine | None = None,
+        column: Callable[[np.dtype], np.ndarray] | None = None,
     ) -> None:
         self.dataset, self.items, self.time = dataset, items, time
         self._opened, self._buckets, self._engine = opened, buckets, engine or Engine()
+        self._column = column or functools.partial(np.empty, rows or 0)
         # Whether all rows are in memory.
         self.is_alone = rows is None
         self._rows = len(opened(0)) if rows is None else rows
@@ -1171,7 +1174,7 @@ class Log:
         said = self._engine.map(functools.partial(_said_of_bucket, self._opened, ask), range(self._buckets))
         for position, columns in said:
             if not answer:
-                answer = [None if column is None else np.empty(len(self), column.dtype) for column in columns]
+                answer = [None if column is None else self._column(column.dtype) for column in columns]
             for whole, column in zip(answer, columns, strict=True):
                 if whole is not None:
                     whole[position] = column

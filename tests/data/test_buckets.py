@@ -2,18 +2,21 @@
 """A log that is prepared in buckets of its users: the same rows, values and encoder as in memory."""
 
 import copy
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
+from mvke_tf.data import buckets
 from mvke_tf.data.buckets import number_of_buckets, prepare_in_buckets
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.preparation import prepare, prepared_dataset
 from mvke_tf.data.store import EntityTable, PreparedDataset
 from mvke_tf.errors import DataError
-from mvke_tf.io import try_lock
+from mvke_tf.io import on_disk, try_lock
 from tests.data.test_preparation import shop
 from tests.small import SMALL, small_dataset, small_log, small_toml
 
@@ -148,9 +151,34 @@ def without(key: str, *features: str) -> Dataset:
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_buckets_hold_what_memory_does(tmp_path, name):
+def test_buckets_hold_what_memory_does(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(buckets, "_ROWS_AT_A_TIME", 50)
     dataset = DATASETS[name]()
     assert_same(prepare(dataset), in_buckets(dataset, tmp_path))
+
+
+@pytest.mark.parametrize("values", [1, 3, 40, 10**6])
+def test_rows_are_ordered_some_at_a_time(tmp_path, monkeypatch, values):
+    monkeypatch.setattr(buckets, "_ROWS_AT_A_TIME", 64)
+    random = np.random.default_rng(0)
+    keys = [random.integers(-5, 5, 1000), random.integers(0, values, 1000)]
+    some = list(buckets._sorted(keys, tmp_path))
+    np.testing.assert_array_equal(np.concatenate(some), np.lexsort(keys))
+    assert len(some) == min(values, 16) and not list(tmp_path.iterdir())
+    assert values < 10**6 or max(map(len, some)) < 2 * 64
+
+
+def test_a_disk_without_room_for_an_array_is_an_error(tmp_path, monkeypatch):
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    column = on_disk(tmp_path, 1000, np.int16)
+    column[7] = 3
+    assert column.sum() == 3 and len(column) == 1000 and type(column) is np.ndarray
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        on_disk(tmp_path, 1000, np.int16)
+    assert not list(tmp_path.iterdir()) and not len(on_disk(tmp_path, 0, np.int16))
 
 
 LISTS = {
