@@ -214,7 +214,7 @@ class _Preparation:
             int(self._starts[-1]),
             len(self.buckets),
             self._engine,
-            functools.partial(on_disk, self.work, int(self._starts[-1])),
+            functools.partial(on_disk, self.work),
         )
 
     def _ordered(self, name: str) -> np.ndarray | None:

@@ -12,7 +12,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -1035,8 +1035,8 @@ def _states(rows: Rows, declared: Sequence[FeatureDeclaration], with_time: bool)
 def _last_rows(entity: np.ndarray, chosen: np.ndarray, entities: int) -> np.ndarray:
     """The last chosen row of each entity; -1 without one."""
     last = np.full(entities, -1)
-    where = np.flatnonzero(chosen)
-    np.maximum.at(last, entity[where], where)
+    for some in _some_of(chosen):
+        np.maximum.at(last, entity[some], some)
     return last
 
 
@@ -1108,7 +1108,7 @@ class Log:
         rows: How many rows there are in buckets; None of a log in memory.
         buckets: How many buckets.
         engine: Who asks the rows of buckets; by default this process.
-        column: Makes an array of a type for all rows that are in buckets.
+        array: Makes arrays of a length and a type, which are as long as the log; by default in memory.
     """
 
     def __init__(
@@ -1120,11 +1120,11 @@ class Log:
         rows: int | None = None,
         buckets: int = 1,
         engine: Engine | None = None,
-        column: Callable[[np.dtype], np.ndarray] | None = None,
+        array: Callable[[int, Any], np.ndarray] = np.empty,
     ) -> None:
         self.dataset, self.items, self.time = dataset, items, time
         self._opened, self._buckets, self._engine = opened, buckets, engine or Engine()
-        self._column = column or functools.partial(np.empty, rows or 0)
+        self.array = array
         # Whether all rows are in memory.
         self.is_alone = rows is None
         self._rows = len(opened(0)) if rows is None else rows
@@ -1174,7 +1174,7 @@ class Log:
         said = self._engine.map(functools.partial(_said_of_bucket, self._opened, ask), range(self._buckets))
         for position, columns in said:
             if not answer:
-                answer = [None if column is None else self._column(column.dtype) for column in columns]
+                answer = [None if column is None else self.array(len(self), column.dtype) for column in columns]
             for whole, column in zip(answer, columns, strict=True):
                 if whole is not None:
                     whole[position] = column
@@ -1239,7 +1239,14 @@ def items_of(
             rows, {f.name: _Column(rows, f, features[f.name]) for f in declared if f.source_column}
         )
     of_log = [f for f in declared if f.source_column and rows.table_of(f).name == LOG]
-    states = _ItemStates(log, declared, item, time, _first_seen(log, parts) if of_log else None)
+    counted = [(f, f.statistic, f"[features.{f.name}] statistic") for f in declared if f.statistic is not None]
+    answers = log.every(functools.partial(_values_of_statistics, [(one, place) for _, one, place in counted]))
+    asked = [
+        _Asked(feature, statistic, _flags(chosen), values)
+        for (feature, statistic, _), chosen, values in zip(counted, answers[::2], answers[1::2], strict=True)
+    ]
+    moving = [one for one in asked if one.statistic.until == "row"]
+    states = _item_states(log, moving, item, time, _first_seen(log, parts) if of_log else None)
     raw: Raw = {}
     for feature in declared:
         if feature.source_column is None:
@@ -1250,16 +1257,12 @@ def items_of(
             continue
         column = _Column(rows, feature, encoded)
         raw |= column.take(states.item if column.table.name == KEYS else rows.side_rows("item")[states.item])
-    counted = [(f, f.statistic, f"[features.{f.name}] statistic") for f in declared if f.statistic is not None]
-    answers = log.every(functools.partial(_values_of_statistics, [(one, place) for _, one, place in counted]))
-    for (feature, statistic, _), chosen, values in zip(counted, answers[::2], answers[1::2], strict=True):
-        if chosen is None:
-            raise ValueError("Expected which rows count for a statistic. Received nothing")
-        if statistic.until == "training":
-            numbers = _frozen(log, statistic, chosen, values, parts)[states.item]
-        else:
-            numbers = states.statistic(statistic, chosen, values)
-        raw[feature.name] = _whole(numbers) if features[feature.name].raw == "integer" else numbers
+    numbers = {one.feature.name: found for one, found in zip(moving, states.numbers, strict=True)}
+    for one in asked:
+        name = one.feature.name
+        if one.statistic.until == "training":
+            numbers[name] = _frozen(log, one, parts)[states.item]
+        raw[name] = _whole(numbers[name]) if features[name].raw == "integer" else numbers[name]
     raw = {name: raw[name] for f in declared for name in features[f.name].raw_inputs}
     key = _filled(log.items.keys, "string" if log.items.keys.dtype == pl.String else "integer")
     table = EntityTable("item", key[states.item], {}, raw, _names(log, parts, key, states.item), states.time)
@@ -1337,7 +1340,8 @@ def _rows_of_items(log: Log, known: np.ndarray, parts: np.ndarray) -> np.ndarray
     items = log.entities()
     said = _last_rows(items.of_row, known & (parts == 0), len(items))
     first = np.full(len(items), len(log))
-    np.minimum.at(first, items.of_row, np.arange(len(log)))
+    for some in _blocks(len(log)):
+        np.minimum.at(first, items.of_row[some], np.arange(some.start, some.stop))
     return np.where(said >= 0, said, np.where(first < len(log), first, -1))
 
 
@@ -1350,8 +1354,10 @@ def _first_seen(log: Log, parts: np.ndarray) -> np.ndarray | None:
         return None
     items, always, never = log.entities(), np.iinfo(np.int64).min, np.iinfo(np.int64).max
     first = np.full(len(items), never)
-    np.minimum.at(first, items.of_row, log.time)
-    first[items.of_row[parts == 0]] = always
+    for some in _blocks(len(log)):
+        np.minimum.at(first, items.of_row[some], log.time[some])
+    for some in _blocks(len(log)):
+        first[items.of_row[some][parts[some] == 0]] = always
     return np.where(first == never, always, first)
 
 
@@ -1391,11 +1397,18 @@ def _statistic_values(rows: Rows, declared: Statistic, place: str) -> tuple[np.n
     return chosen & values.is_not_null().to_numpy(), values.fill_null(0.0).to_numpy()
 
 
-def _frozen(
-    log: Log, declared: Statistic, chosen: np.ndarray, values: np.ndarray | None, parts: np.ndarray
-) -> np.ndarray:
+class _Asked(NamedTuple):
+    """The statistic of a feature, which rows of the log count for it, and the number of each; None to count them."""
+
+    feature: FeatureDeclaration
+    statistic: Statistic
+    chosen: np.ndarray
+    values: np.ndarray | None
+
+
+def _frozen(log: Log, asked: _Asked, parts: np.ndarray) -> np.ndarray:
     """A statistic of the rows of the training part, of which some count, one number per item."""
-    chosen = chosen & (parts == 0)
+    declared, chosen, values = asked.statistic, asked.chosen & (parts == 0), asked.values
     items, number = log.entities(), len(log.entities())
     total, counts = np.zeros(number), np.zeros(number, np.int64)
     sums = None if values is None else np.zeros(number)
@@ -1423,19 +1436,11 @@ def _frozen(
 
 def _some_of(chosen: np.ndarray) -> Iterator[np.ndarray]:
     """The chosen rows, some at a time: copies of what belongs to all of them would be the most that memory holds."""
-    for start in range(0, len(chosen), _ROWS_AT_A_TIME):
-        yield start + np.flatnonzero(chosen[start : start + _ROWS_AT_A_TIME])
+    return (some.start + np.flatnonzero(chosen[some]) for some in _blocks(len(chosen)))
 
 
-class _ItemStates:
+class _ItemStates(NamedTuple):
     """The states of items: one per item, or with statistics at a point in time one per item and change of them.
-
-    Args:
-        log: The log.
-        declared: The item features.
-        item: Number of the item of each interaction.
-        time: Moment of each interaction.
-        first_seen: Moment before which nothing is known of each item from the log; None where nothing is asked of it.
 
     Attributes:
         item: Number of the item of each state; ordered by item, then by time.
@@ -1443,70 +1448,150 @@ class _ItemStates:
         time: From when on each state is seen; None without statistics at a point in time.
         of_interaction: State of each interaction.
         latest: The latest state of each item.
+        numbers: Of each statistic at a point in time its number in each state.
     """
 
-    def __init__(
-        self,
-        log: Log,
-        declared: Sequence[FeatureDeclaration],
-        item: np.ndarray,
-        time: np.ndarray | None,
-        first_seen: np.ndarray | None,
-    ) -> None:
-        self._log = log
-        moving = [f.statistic for f in declared if f.statistic is not None and f.statistic.until == "row"]
-        entities = log.entities()
-        items = np.arange(len(entities))
-        self.time: np.ndarray | None
-        if not moving and (first_seen is None or (_needed(time) >= first_seen[item]).all()):
-            self.item, self.time, self.of_interaction, self.latest = items, None, item, items
-            self.unseen = np.zeros(len(items), bool)
-            return
-        time, times = _needed(time), log.moments
-        self._events = history.Events(entities.of_row, times)
-        # Every interaction asks for a state, and every item for its latest one, of all rows.
-        asked = np.concatenate([item, items])
-        moment = np.concatenate([time, np.full(len(items), times.max())])
-        inclusive = np.arange(len(asked)) >= len(item)
-        unseen = np.zeros(len(asked), bool)
-        if first_seen is not None:
-            unseen[: len(item)] = time < first_seen[item]
-        keys = [asked, ~unseen]
-        self._asked: dict[str | None, tuple[np.ndarray, np.ndarray]] = {}
-        for every in dict.fromkeys(statistic.every for statistic in moving):
-            seen = np.where(inclusive, moment, self._last_change(moment, every))
-            self._asked[every] = (seen, inclusive)
-            if any(statistic.half_life for statistic in moving if statistic.every == every):
-                keys.append(2 * seen + inclusive)
-            else:
-                # Nothing changes between two rows of an item.
-                keys.append(self._events.before(asked, seen, inclusive=inclusive).end)
-        order = np.lexsort((moment, inclusive, *keys[::-1]))
-        sorted_keys = np.stack([key[order] for key in keys])
-        new = np.concatenate([[True], (sorted_keys[:, 1:] != sorted_keys[:, :-1]).any(axis=0)])
-        number = np.empty(len(asked), np.int64)
-        number[order] = np.cumsum(new) - 1
-        self._first = order[new]
-        self.item, self.time, self.unseen = asked[self._first], moment[self._first], unseen[self._first]
-        self.of_interaction, self.latest = number[: len(item)], number[len(item) :]
+    item: np.ndarray
+    unseen: np.ndarray
+    time: np.ndarray | None
+    of_interaction: np.ndarray
+    latest: np.ndarray
+    numbers: Sequence[np.ndarray]
 
-    def _last_change(self, moment: np.ndarray, every: str | None) -> np.ndarray:
-        if every is None:
-            return moment
-        start, step = self._log.moments.min(), expressions.duration_ms(every)
-        return start + (moment - start) // step * step
 
-    def statistic(self, declared: Statistic, chosen: np.ndarray, values: np.ndarray | None) -> np.ndarray:
-        """A statistic of the rows before each state, of which some count, float32; NaN without one."""
-        chosen = chosen[self._events.row]
-        seen, inclusive = (asked[self._first] for asked in self._asked[declared.every])
-        spans = self._events.before(self.item, seen, inclusive=inclusive).of(chosen)
-        owner = self._events.owner[chosen]
-        values = None if values is None else values[self._events.row[chosen]]
-        if declared.half_life is not None:
-            half_life = expressions.duration_ms(declared.half_life)
-            return history.decayed(spans, owner, self._events.time[chosen], values, half_life)
-        if values is not None:
-            return history.mean(spans, values)
-        counts = history.count(spans)
-        return np.where(counts > 0, counts, np.float32(np.nan))
+def _item_states(
+    log: Log, moving: Sequence[_Asked], item: np.ndarray, time: np.ndarray | None, first_seen: np.ndarray | None
+) -> _ItemStates:
+    """The states of all items, made of some items at a time: what they depend on are the rows of each.
+
+    Args:
+        log: The log.
+        moving: The statistics at a point in time.
+        item: Number of the item of each interaction.
+        time: Moment of each interaction.
+        first_seen: Moment before which nothing is known of each item from the log; None where nothing is asked of it.
+    """
+    owner, items = log.entities().of_row, np.arange(len(log.entities()))
+    if not moving and (
+        first_seen is None or all((_needed(time)[some] >= first_seen[item[some]]).all() for some in _blocks(len(item)))
+    ):
+        return _ItemStates(items, np.zeros(len(items), bool), None, item, items, ())
+    time, times = _needed(time), log.moments
+    ends = int(times.min()), int(times.max())
+    of_interaction, found, made = log.array(len(item), np.int32), list[_ItemStates](), 0
+    for some in _some_items(owner, item, len(items)):
+        rows, interactions = _within(owner, some), _within(item, some)
+        asked = [
+            one._replace(chosen=one.chosen[rows], values=None if one.values is None else one.values[rows])
+            for one in moving
+        ]
+        of_some = _states_of_some(
+            history.Events(owner[rows] - some.start, times[rows]),
+            asked,
+            item[interactions] - some.start,
+            time[interactions],
+            ends,
+            np.full(some.stop - some.start, ends[0]) if first_seen is None else first_seen[some],
+        )
+        of_interaction[interactions] = made + of_some.of_interaction
+        found.append(of_some._replace(item=some.start + of_some.item, latest=made + of_some.latest))
+        made += len(of_some.item)
+    return _ItemStates(
+        np.concatenate([one.item for one in found]),
+        np.concatenate([one.unseen for one in found]),
+        np.concatenate([_needed(one.time) for one in found]),
+        of_interaction,
+        np.concatenate([one.latest for one in found]),
+        [np.concatenate(numbers) for numbers in zip(*(one.numbers for one in found), strict=True)],
+    )
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + _ROWS_AT_A_TIME, rows)) for start in range(0, rows, _ROWS_AT_A_TIME))
+
+
+def _some_items(owner: np.ndarray, asked: np.ndarray, items: int) -> Iterator[slice]:
+    """Ranges of items that have about `_ROWS_AT_A_TIME` rows and questions together, or are one item with more."""
+    counts = np.zeros(items, np.int64)
+    for column in (owner, asked):
+        for some in _blocks(len(column)):
+            counts += np.bincount(column[some], minlength=items)
+    ends, begin = np.cumsum(counts), 0
+    while begin < items:
+        before = ends[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(ends, before + _ROWS_AT_A_TIME, side="right")))
+        yield slice(begin, end)
+        begin = end
+
+
+def _within(column: np.ndarray, numbers: slice) -> np.ndarray:
+    """The rows whose number is in a range."""
+    found = [
+        some.start + np.flatnonzero((column[some] >= numbers.start) & (column[some] < numbers.stop))
+        for some in _blocks(len(column))
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *found])
+
+
+def _states_of_some(
+    events: history.Events,
+    moving: Sequence[_Asked],
+    item: np.ndarray,
+    time: np.ndarray,
+    ends: tuple[int, int],
+    first_seen: np.ndarray,
+) -> _ItemStates:
+    """As `_item_states`, of the items whose rows are the events.
+
+    Args:
+        events: The rows.
+        moving: The statistics at a point in time, with an entry for each row.
+        item: Number of the item of each interaction.
+        time: Moment of each interaction.
+        ends: The first and the last moment of the whole log.
+        first_seen: Moment before which nothing is known of each item.
+    """
+    items = np.arange(len(first_seen))
+    # Every interaction asks for a state, and every item for its latest one, of all rows.
+    asked = np.concatenate([item, items])
+    moment = np.concatenate([time, np.full(len(items), ends[1])])
+    inclusive = np.arange(len(asked)) >= len(item)
+    unseen = ~inclusive & (moment < first_seen[asked])
+    keys = [asked, ~unseen]
+    seen: dict[str | None, np.ndarray] = {}
+    for every in dict.fromkeys(one.statistic.every for one in moving):
+        last_change = moment
+        if every is not None:
+            step = expressions.duration_ms(every)
+            last_change = ends[0] + (moment - ends[0]) // step * step
+        seen[every] = np.where(inclusive, moment, last_change)
+        if any(one.statistic.half_life for one in moving if one.statistic.every == every):
+            keys.append(2 * seen[every] + inclusive)
+        else:
+            # Nothing changes between two rows of an item.
+            keys.append(events.before(asked, seen[every], inclusive=inclusive).end)
+    order = np.lexsort((moment, inclusive, *keys[::-1]))
+    sorted_keys = np.stack([key[order] for key in keys])
+    new = np.concatenate([[True], (sorted_keys[:, 1:] != sorted_keys[:, :-1]).any(axis=0)])
+    number = np.empty(len(asked), np.int64)
+    number[order] = np.cumsum(new) - 1
+    first = order[new]
+    numbers = [
+        _moving(one, events, events.before(asked[first], seen[one.statistic.every][first], inclusive=inclusive[first]))
+        for one in moving
+    ]
+    return _ItemStates(asked[first], unseen[first], moment[first], number[: len(item)], number[len(item) :], numbers)
+
+
+def _moving(asked: _Asked, events: history.Events, spans: history.Spans) -> np.ndarray:
+    """A statistic of the rows before each state, of which some count, float32; NaN without one."""
+    chosen = asked.chosen[events.row]
+    spans, owner = spans.of(chosen), events.owner[chosen]
+    values = None if asked.values is None else asked.values[events.row[chosen]]
+    if asked.statistic.half_life is not None:
+        half_life = expressions.duration_ms(asked.statistic.half_life)
+        return history.decayed(spans, owner, events.time[chosen], values, half_life)
+    if values is not None:
+        return history.mean(spans, values)
+    counts = history.count(spans)
+    return np.where(counts > 0, counts, np.float32(np.nan))

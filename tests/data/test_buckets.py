@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mvke_tf.data import buckets
+from mvke_tf.data import buckets, preparation
 from mvke_tf.data.buckets import number_of_buckets, prepare_in_buckets
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.preparation import prepare, prepared_dataset
@@ -152,9 +152,11 @@ def without(key: str, *features: str) -> Dataset:
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_buckets_hold_what_memory_does(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(buckets, "_ROWS_AT_A_TIME", 50)
     dataset = DATASETS[name]()
-    assert_same(prepare(dataset), in_buckets(dataset, tmp_path))
+    whole = prepare(dataset)
+    for module in (buckets, preparation):
+        monkeypatch.setattr(module, "_ROWS_AT_A_TIME", 50)
+    assert_same(whole, in_buckets(dataset, tmp_path))
 
 
 @pytest.mark.parametrize("values", [1, 3, 40, 10**6])
