@@ -1494,8 +1494,9 @@ def _item_states(
             np.full(some.stop - some.start, ends[0]) if first_seen is None else first_seen[some],
         )
         of_interaction[interactions] = made + of_some.of_interaction
-        found.append(of_some._replace(item=some.start + of_some.item, latest=made + of_some.latest))
+        moved = {"item": some.start + of_some.item, "latest": made + of_some.latest, "of_interaction": of_interaction}
         made += len(of_some.item)
+        found.append(of_some._replace(**moved))
     return _ItemStates(
         np.concatenate([one.item for one in found]),
         np.concatenate([one.unseen for one in found]),
@@ -1511,15 +1512,18 @@ def _blocks(rows: int) -> Iterator[slice]:
 
 
 def _some_items(owner: np.ndarray, asked: np.ndarray, items: int) -> Iterator[slice]:
-    """Ranges of items that have about `_ROWS_AT_A_TIME` rows and questions together, or are one item with more."""
-    counts = np.zeros(items, np.int64)
+    """Ranges of items that have about `_ROWS_AT_A_TIME` rows and questions together, or are one item with more.
+
+    There are at most about a hundred ranges, because all rows are read for each.
+    """
+    counts, most = np.zeros(items, np.int64), max(_ROWS_AT_A_TIME, (len(owner) + len(asked)) // 100)
     for column in (owner, asked):
         for some in _blocks(len(column)):
             counts += np.bincount(column[some], minlength=items)
     ends, begin = np.cumsum(counts), 0
     while begin < items:
         before = ends[begin - 1] if begin else 0
-        end = max(begin + 1, int(np.searchsorted(ends, before + _ROWS_AT_A_TIME, side="right")))
+        end = max(begin + 1, int(np.searchsorted(ends, before + most, side="right")))
         yield slice(begin, end)
         begin = end
 
