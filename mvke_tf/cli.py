@@ -449,6 +449,16 @@ def _dataset(args: argparse.Namespace) -> Any:
     return dataset.replace(overrides) if overrides else dataset
 
 
+def _same_data(args: argparse.Namespace) -> list[object]:
+    """The arguments with which another command has the data of this one."""
+    from mvke_tf import datasets
+
+    given = [(f"--{option.name}", getattr(args, option.name)) for option in datasets.options(args.data)]
+    given += [("--data_dir", args.data_dir)] if args.data_dir != Path("data") else []
+    given += [("--set", one) for one in args.set or () if one.startswith("data.")]
+    return ["--data", args.data, *(text for name, value in given if value is not None for text in (name, value))]
+
+
 def _declares(path: Path) -> bool:
     """Whether a TOML file is the declaration of a dataset."""
     try:
@@ -594,7 +604,7 @@ def _prepare(args: argparse.Namespace) -> None:
     with Engine(args.engine, args.workers) as engine:
         prepared = prepared_of(args, args.overwrite, args.memory_mb, engine)
     print(f"Prepared: {prepared.folder}")
-    _say_next(("train", "--data", args.data))
+    _say_next(("train", *_same_data(args)))
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
@@ -1195,7 +1205,7 @@ def _tune(args: argparse.Namespace) -> None:
     print(f"\n{table.to_string(index=False)}\n\n{args.output_dir / 'trials.csv'}")
     # A run of single_task learns one task; a trial of its search makes one per task.
     best = [args.output_dir / f"best_config{suffix}.json" for suffix in configs_of_runs(config, prepared.task_names())]
-    _say_next(*(("train", "--data", args.data, "--config", path) for path in best))
+    _say_next(*(("train", *_same_data(args), "--config", path) for path in best))
 
 
 def _expect_many_models() -> None:

@@ -564,3 +564,11 @@ def test_a_bad_config_file_is_explained(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_settings(parsed(), path)
+
+
+def test_what_is_next_has_the_same_data(tmp_path, mvke):
+    options = ("--rows", "2000", "--users", "100", "--data_dir", str(tmp_path), "--set", "data.split.test=0.1")
+    code, output, error = mvke("prepare", "--data", "ads", *options, "--set", "data.split.validation=0.2")
+    assert code == 0, error
+    given = shlex.split(output.rpartition("Next:  mvke train ")[2])
+    assert given == ["--data", "ads", *options, "--set", "data.split.validation=0.2"]

@@ -204,4 +204,5 @@ def test_the_command_prints_the_table(searched, data, capsys):
     assert ended.value.code == 0
     assert table.to_string(index=False) in output
     best = folder / "out" / "best_config.json"
-    assert output.endswith(f"Next:  mvke train --data {path} --config {best}\n")
+    where = f"--data {path} --data_dir {path.parent / 'data'}"
+    assert output.endswith(f"Next:  mvke train {where} --config {best}\n")
