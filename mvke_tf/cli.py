@@ -205,7 +205,7 @@ def import_tensorflow(onednn: bool = True) -> None:
     Args:
         onednn: Whether TensorFlow computes with oneDNN on every x86 CPU, unless the environment variable
             TF_ENABLE_ONEDNN_OPTS is set; else on those that it chooses, which have AVX-512 for neural networks. On
-            others training is faster with it, and the answer to a single user slower.
+            others training is faster with it, and recommending to a single user slower.
     """
     if "tensorflow" in sys.modules:
         return
