@@ -92,11 +92,12 @@ class _Operations:
         self.names: list[str] = []
         self._kill, self._fail, self._pause = kill, fail, pause
         self._root, self._busy = os.getcwd() + os.sep, False
-        self._fsync, self._open = os.fsync, io.open
+        self._fsync, self._allocate, self._open = os.fsync, os.posix_fallocate, io.open
 
     def start(self) -> None:
         sys.addaudithook(self._audit)
         os.fsync = self._synced  # type: ignore[assignment]
+        os.posix_fallocate = self._allocated  # type: ignore[assignment]
         builtins.open = io.open = self._opened  # type: ignore[assignment]
 
     def before(self, name: str, about: str = "") -> None:
@@ -135,10 +136,15 @@ class _Operations:
         self.before("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
         self._fsync(descriptor)
 
+    def _allocated(self, descriptor: int, offset: int, size: int) -> None:
+        self.before("allocate", os.readlink(f"/proc/self/fd/{descriptor}"))
+        self._allocate(descriptor, offset, size)
+
     def _opened(self, file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
         if not set(mode) & set("wax+") or isinstance(file, int) or not self.is_ours(file):
             return self._open(file, mode, buffering, *args, **kwargs)
-        raw = _File(file, mode.replace("b", "").replace("t", ""))
+        # `tempfile` opens a folder, with an opener that makes a file in it.
+        raw = _File(file, mode.replace("b", "").replace("t", ""), opener=kwargs.pop("opener", None))
         raw.operations = self
         if buffering == 0:
             return raw
