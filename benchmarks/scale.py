@@ -26,15 +26,27 @@ from mvke_tf.cli import positive_int, run_main
 
 MIB = 2**20
 STEPS = ("prepare", "train", "profile")
-# Runs a command line and prints the CPU seconds of its process and its workers, and the peak memory of the largest.
+# Runs a command line and prints the CPU seconds of its process and its workers, the peak memory of the largest, and
+# that of the first one without pages of files, which the system takes back when it is short of memory.
 MEASURED = """
-import resource, sys
-from mvke_tf.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    used = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print("MEASURED", sum(of.ru_utime + of.ru_stime for of in used), max(of.ru_maxrss for of in used))
+import resource, sys, threading, time
+
+def watch():
+    global most
+    while True:
+        with open("/proc/self/status") as file:
+            most = max(most, int(file.read().partition("RssAnon:")[2].split()[0]))
+        time.sleep(0.05)
+
+if __name__ == "__main__":
+    most = 0
+    threading.Thread(target=watch, daemon=True).start()
+    from mvke_tf.cli import main
+    try:
+        main(sys.argv[1:])
+    finally:
+        used = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        print("MEASURED", sum(of.ru_utime + of.ru_stime for of in used), max(of.ru_maxrss for of in used), most)
 """
 
 
@@ -82,11 +94,12 @@ def measure(folder: Path, rows: int, args: argparse.Namespace) -> dict[str, Any]
         arguments = commands[step]
         started = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], check=True, capture_output=True, text=True)
-        cpu, peak = done.stdout.rpartition("MEASURED")[2].split()
+        cpu, peak, own = done.stdout.rpartition("MEASURED")[2].split()
         result |= {
             f"{step}_s": round(time.perf_counter() - started, 1),
             f"{step}_cpu_s": round(float(cpu), 1),
             f"{step}_peak_mib": round(int(peak) * 1024 / MIB),
+            f"{step}_own_peak_mib": round(int(own) * 1024 / MIB),
         }
     for name in ("tables", "prepared"):
         files = (path for path in (folder / "data" / name).rglob("*") if path.is_file())

@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 from keras import ops
 
+from mvke_tf.data.buckets import prepare_in_buckets
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.groups import Grouping
 from mvke_tf.data.preparation import prepare
+from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError
 from mvke_tf.inference.index import IndexConfig, VectorIndex
 from mvke_tf.inference.topk import TILE_USERS
@@ -20,7 +22,7 @@ from mvke_tf.serving.profiles.entities import Candidates, Users
 from mvke_tf.serving.profiles.profiler import Profiler
 from tests.conftest import REPOSITORY
 from tests.models.problems import CONFIG, SCHEMA, entities, numpy_outputs, randomize
-from tests.small import SMALL, small_log, small_prepared
+from tests.small import SMALL, small_dataset, small_log, small_prepared
 
 TASKS = (Task("click"), Task("buy", given="click"), Task("stars", kind="regression", offset=3.5))
 NAMES = [task.name for task in TASKS]
@@ -361,6 +363,20 @@ def test_users_of_prepared_data():
     for wrong in (["4x"], ["3.0"], [""], ["9" * 30]):
         with pytest.raises(ConfigError, match="which are whole numbers"):
             Users.of(prepared, wrong)
+
+
+@pytest.mark.parametrize("ids", [None, [7, 3, 12, 1]])
+def test_users_of_data_in_buckets_put_in_order_on_disk_are_those_in_memory(ids, tmp_path):
+    prepare_in_buckets(small_dataset(), tmp_path / "small", "contents", 4)
+    prepared, folder = PreparedDataset.load(tmp_path / "small"), tmp_path / "made" / "profiles"
+    users, expected = Users.of(prepared, ids, True, folder), Users.of(prepared, ids, True)
+    np.testing.assert_array_equal(users.ids, expected.ids)
+    np.testing.assert_array_equal(users.seen, expected.seen)
+    assert users.table.keys() == expected.table.keys() and len(expected.table) == 10
+    for name, column in users.table.items():
+        assert isinstance(column.base.base, np.memmap) and column.dtype == expected.table[name].dtype
+        np.testing.assert_array_equal(column, expected.table[name])
+    assert not list(folder.iterdir())
 
 
 def test_what_users_have_seen_is_in_the_log_and_not_sampled():

@@ -68,6 +68,15 @@ for line in sys.argv[1:]:
 OF_DEVICES = ("sparse",)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Processes of this module do not compile what another one has compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
 def start(runs: list[Path], processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from mvke_tf.config import nearest
 from mvke_tf.data.groups import Grouping, groups
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError
+from mvke_tf.io import on_disk
 
 BY_ITEM = "item"
 
@@ -132,7 +134,13 @@ class Users:
         return Users(table, self.ids[rows], self.seen[start:stop] - [rows.start, 0])
 
     @classmethod
-    def of(cls, prepared: PreparedDataset, ids: Sequence[int | str] | None = None, exclude_seen: bool = False) -> Users:
+    def of(
+        cls,
+        prepared: PreparedDataset,
+        ids: Sequence[int | str] | None = None,
+        exclude_seen: bool = False,
+        folder: Path | None = None,
+    ) -> Users:
         """Users of prepared data as they are after their last row.
 
         The states that a model is trained on end before the moment that is predicted; these know the whole log, of all
@@ -142,6 +150,7 @@ class Users:
             prepared: The data. Without ids of users, each row is a user, whose id is its number.
             ids: Their ids, in this order; by default all, ordered by id. Numbers may come as text.
             exclude_seen: Whether the items of a user's rows, sampled ones aside, are no candidates.
+            folder: Where the table of users is put in order, in a file without a name; by default it is in memory.
 
         Raises:
             ConfigError: If an id is unknown or stands twice, or items have no ids to tell what a user has seen.
@@ -158,8 +167,32 @@ class Users:
                 f"Expected ids of users of the data, each once; it has {len(known)}, from {known.min()} to "
                 f"{known.max()}. Received, unknown or twice: {_some(wrong)}"
             )
-        users = cls({name: np.asarray(column)[rows] for name, column in latest.encoded.items()}, wanted.to_numpy())
+        if folder is None:
+            table = {name: np.asarray(column)[rows] for name, column in latest.encoded.items()}
+        else:
+            table = _gathered(prepared, rows, folder)
+        users = cls(table, wanted.to_numpy())
         return dataclasses.replace(users, seen=_seen(prepared, wanted)) if exclude_seen else users
+
+
+def _gathered(prepared: PreparedDataset, rows: np.ndarray, folder: Path) -> dict[str, np.ndarray]:
+    """The encoded columns of rows of the latest users, on disk: bucket by bucket, a record for each user."""
+    place = np.full(len(prepared.latest_users), -1)
+    place[rows] = np.arange(len(rows))
+    table: np.ndarray | None = None
+    folder.mkdir(parents=True, exist_ok=True)
+    for bucket in prepared.buckets():
+        encoded = {name: np.asarray(column) for name, column in bucket.latest_users.encoded.items()}
+        here, place = np.split(place, [len(bucket.latest_users)])
+        if table is None:
+            kinds = [(name, column.dtype, column.shape[1:]) for name, column in encoded.items()]
+            table = on_disk(folder, len(rows), np.dtype(kinds))
+        records = np.empty(np.count_nonzero(here >= 0), table.dtype)
+        for name, column in encoded.items():
+            records[name] = column[here >= 0]
+        # In one go, or every column would touch all pages.
+        table[here[here >= 0]] = records
+    return {} if table is None else {name: table[name] for name in table.dtype.names or ()}
 
 
 def _index(keys: Any) -> pd.Index:

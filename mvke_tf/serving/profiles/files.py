@@ -84,7 +84,7 @@ def profile_run(
     if unknown or not formats:
         raise ConfigError(f"`formats` must be some of {FORMATS}. Received: {tuple(formats)}")
     folder = Path(folder or run.profiles)
-    chosen = Users.of(run.prepared, users, exclude_seen)
+    chosen = Users.of(run.prepared, users, exclude_seen, folder if run.prepared.is_in_buckets else None)
     candidates = Candidates.of(run.prepared, by)
     model = run.load_model(calibrated=True)
     if index is not None:
