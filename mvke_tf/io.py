@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mvke_tf.errors import DataError, MvkeError
 
@@ -74,7 +74,8 @@ def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
             os.replace(temporary, path)
         _sync_entry(path.parent)
     finally:
-        shutil.rmtree(folder)
+        # On NFS a file that is still mapped into memory cannot be: like what a killed process leaves.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def on_disk(folder: Path, rows: int, kind: Any) -> np.ndarray:
@@ -91,10 +92,37 @@ def on_disk(folder: Path, rows: int, kind: Any) -> np.ndarray:
     with tempfile.TemporaryFile(dir=folder) as file:
         if hasattr(os, "posix_fallocate"):
             # Else a page for which there is no room later would end the process.
-            os.posix_fallocate(file.fileno(), 0, size)
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror} for {size:,} bytes", str(folder)) from error
         else:
             file.truncate(size)
         return np.asarray(np.memmap(file, kind, "r+", shape=(rows,)))
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes what `np.load` reads, for which `np.save` may say nothing of a disk that is full."""
+    with array_file(path, len(array), array.dtype) as file:
+        append_array(file, array)
+
+
+@contextlib.contextmanager
+def array_file(path: Path, rows: int, kind: Any) -> Iterator[BinaryIO]:
+    """A file that `np.load` reads, once so many numbers of one kind have been appended to it."""
+    import numpy as np
+
+    about = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": (rows,)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, about)
+        yield file
+
+
+def append_array(file: BinaryIO, array: np.ndarray) -> None:
+    """Writes the numbers of an array; `array.tofile` may say nothing of a disk that is full."""
+    import numpy as np
+
+    file.write(np.ascontiguousarray(array).data)
 
 
 def discard(folder: Path) -> None:
@@ -103,7 +131,7 @@ def discard(folder: Path) -> None:
     try:
         os.replace(folder, Path(aside) / folder.name)
     finally:
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_folder_is_discarded_at_once(tmp_path, monkeypatch):
     (tmp_path / "old" / "inner").mkdir(parents=True)
     (tmp_path / "old" / "inner" / "file").write_text("x")
     seen = []
-    monkeypatch.setattr(io.shutil, "rmtree", lambda path: seen.append((Path(path), (tmp_path / "old").exists())))
+    monkeypatch.setattr(io.shutil, "rmtree", lambda path, **_: seen.append((Path(path), (tmp_path / "old").exists())))
     io.discard(tmp_path / "old")
     ((aside, was_there),) = seen
     assert not was_there and (aside / "old" / "inner" / "file").is_file()

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -52,7 +52,17 @@ from mvke_tf.data.store import EntityTable, PreparedDataset, bucket_name
 from mvke_tf.data.tables import ITEMS, LOG, USERS, named_sources, names_the_declaration
 from mvke_tf.engine import Engine, EngineError
 from mvke_tf.errors import DataError, MvkeError
-from mvke_tf.io import atomic_write, discard, on_disk, read_json, try_lock, write_json
+from mvke_tf.io import (
+    append_array,
+    array_file,
+    atomic_write,
+    discard,
+    on_disk,
+    read_json,
+    try_lock,
+    write_array,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -306,7 +316,7 @@ class _Preparation:
         for kind, of_tasks in (("label", piece.labels), ("weight", piece.weights)):
             columns |= {f"{kind}:{task}": np.asarray(column, np.float32) for task, column in of_tasks.items()}
         store.write_columns(folder / "rows.parquet", columns)
-        np.save(folder / "parts.npy", piece.parts)
+        write_array(folder / "parts.npy", piece.parts)
         facts = piece.facts | {"lengths": lengths, "interactions": len(piece.split)}
         facts |= {"users": len(piece.users), "latest_users": len(piece.latest_users)}
         (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -506,14 +516,14 @@ def _order(buckets: Buckets, folder: Path, engine: Engine, done: Any) -> None:
         if users:
             rank = np.empty(sum(map(len, users)), np.int32)
             rank[pl.concat(users).arg_sort().to_numpy()] = np.arange(len(rank))
-            np.save(temporary / "users.npy", rank)
+            write_array(temporary / "users.npy", rank)
             parts = np.split(rank, np.cumsum([len(own) for own in users])[:-1])
             for span, part in zip(spans, parts, strict=True):
                 keys["user"][span] = part[keys["user"][span]]
         position, end = on_disk(temporary, total, np.int64), 0
         with contextlib.ExitStack() as opened:
             ordered = {
-                name: opened.enter_context(_array_file(temporary / f"{name}.npy", total, keys[name].dtype))
+                name: opened.enter_context(array_file(temporary / f"{name}.npy", total, keys[name].dtype))
                 for name in ("time", "item")
                 if name in keys
             }
@@ -521,41 +531,62 @@ def _order(buckets: Buckets, folder: Path, engine: Engine, done: Any) -> None:
                 position[some] = np.arange(end, end + len(some))
                 end += len(some)
                 for name, file in ordered.items():
-                    keys[name][some].tofile(file)
-        np.save(temporary / "position.npy", position)
+                    append_array(file, keys[name][some])
+        # Their files are not needed beside the next one.
+        keys.clear()
+        write_array(temporary / "position.npy", position)
         about = {"lacking": lacking, "users": sum(map(len, users))}
         (temporary / "order.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-@contextlib.contextmanager
-def _array_file(path: Path, rows: int, kind: np.dtype) -> Iterator[BinaryIO]:
-    """A file that `np.load` reads, once so many numbers have been written to it."""
-    about = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (rows,)}
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, about)
-        yield file
+def _sorted(
+    keys: Sequence[np.ndarray], folder: Path, rows: np.ndarray | None = None, depth: int = 0
+) -> Iterator[np.ndarray]:
+    """What `np.lexsort(keys)` gives of whole numbers, a part at a time, into which rows are spread in files before.
 
+    A part has at most `2 * _ROWS_AT_A_TIME` rows. Many rows of one value of the first key, which is the last, are a
+    part of their own, and spread by the next one.
 
-def _sorted(keys: Sequence[np.ndarray], folder: Path) -> Iterator[np.ndarray]:
-    """What `np.lexsort(keys)` gives, about `_ROWS_AT_A_TIME` rows at a time, which are spread over files before."""
-    first, rows = keys[-1], len(keys[-1])
-    number = min(-(-rows // _ROWS_AT_A_TIME), _MOST_BUCKETS)
-    sample = np.sort(first[:: max(1, rows // (1000 * number))])
-    bounds = np.unique(sample[len(sample) * np.arange(1, number) // number])
-    bounds = bounds[bounds > sample[0]]
-    paths = [folder / f"rows-{number}" for number in range(len(bounds) + 1)]
+    Args:
+        keys: One column after another, `(n,)`; rows that are equal in all of them keep their order.
+        folder: Where the files are meanwhile.
+        rows: The rows that are sorted, ascending; by default all.
+        depth: How often they have been spread before.
+    """
+    count = len(keys[-1]) if rows is None else len(rows)
+    if count <= 2 * _ROWS_AT_A_TIME:
+        some = np.arange(count) if rows is None else np.asarray(rows)
+        yield some[np.lexsort([key[some] for key in keys])]
+        return
+    first = keys[-1]
+    number = min(-(-count // _ROWS_AT_A_TIME), _MOST_BUCKETS // 2)
+    every = slice(None, None, max(1, count // (1000 * number)))
+    sample = np.sort(first[every if rows is None else rows[every]])
+    values, times = np.unique(sample[len(sample) * np.arange(1, number) // number], return_counts=True)
+    # A value that is more than one bound has a part of its own.
+    bounds = np.union1d(values, values[times > 1] + 1)
+    paths = [folder / f"rows-{depth}-{number}" for number in range(len(bounds) + 1)]
     with contextlib.ExitStack() as opened:
         files = [opened.enter_context(open(path, "wb")) for path in paths]
-        for start in range(0, rows, _ROWS_AT_A_TIME):
-            place = np.searchsorted(bounds, first[start : start + _ROWS_AT_A_TIME], side="right").astype(np.int16)
-            some = np.argsort(place, kind="stable")
+        for start in range(0, count, _ROWS_AT_A_TIME):
+            some = np.arange(start, min(start + _ROWS_AT_A_TIME, count))
+            some = some if rows is None else np.asarray(rows[some])
+            place = np.searchsorted(bounds, first[some], side="right").astype(np.int16)
+            by_place = some[np.argsort(place, kind="stable")]
             ends = np.cumsum(np.bincount(place, minlength=len(files)))
-            for file, part in zip(files, np.split(some, ends[:-1]), strict=True):
-                (start + part).tofile(file)
-    for path in paths:
-        some = np.fromfile(path, np.int64)
+            for file, part in zip(files, np.split(by_place, ends[:-1]), strict=True):
+                append_array(file, part)
+    for part_number, path in enumerate(paths):
+        if path.stat().st_size:
+            part = np.memmap(path, np.int64, "r")
+            is_one_value = 0 < part_number < len(bounds) and bounds[part_number] == bounds[part_number - 1] + 1
+            rest = keys[:-1] if is_one_value else keys
+            yield from _sorted(rest, folder, part, depth + 1) if rest else _slices(part)
         path.unlink()
-        yield some[np.lexsort([key[some] for key in keys])]
+
+
+def _slices(rows: np.ndarray) -> Iterator[np.ndarray]:
+    return (np.asarray(rows[start : start + _ROWS_AT_A_TIME]) for start in range(0, len(rows), _ROWS_AT_A_TIME))
 
 
 @contextlib.contextmanager

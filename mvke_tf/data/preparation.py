@@ -1415,7 +1415,7 @@ def _frozen(log: Log, asked: _Asked, parts: np.ndarray) -> np.ndarray:
     now = half_life = None
     if declared.half_life is not None:
         half_life, time = expressions.duration_ms(declared.half_life), log.moments
-        now = np.full(number, time[parts == 0].max())
+        now = np.full(number, max(time[some].max() for some in _some_of(parts == 0) if len(some)))
         if values is not None:
             # A mean does not change with time; by the age since the item's own last row, no sum of weights is 0.
             now = np.full(number, time.min())

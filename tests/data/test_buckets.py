@@ -16,7 +16,7 @@ from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.preparation import prepare, prepared_dataset
 from mvke_tf.data.store import EntityTable, PreparedDataset
 from mvke_tf.errors import DataError
-from mvke_tf.io import on_disk, try_lock
+from mvke_tf.io import on_disk, try_lock, write_array
 from tests.data.test_preparation import shop
 from tests.small import SMALL, small_dataset, small_log, small_toml
 
@@ -160,14 +160,27 @@ def test_buckets_hold_what_memory_does(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("values", [1, 3, 40, 10**6])
-def test_rows_are_ordered_some_at_a_time(tmp_path, monkeypatch, values):
+@pytest.mark.parametrize("others", [1, 10])
+def test_rows_are_ordered_some_at_a_time(tmp_path, monkeypatch, values, others):
+    """However many rows have the same values of some keys."""
     monkeypatch.setattr(buckets, "_ROWS_AT_A_TIME", 64)
     random = np.random.default_rng(0)
-    keys = [random.integers(-5, 5, 1000), random.integers(0, values, 1000)]
+    low = np.iinfo(np.int32).min
+    keys = [random.integers(low, low + others, 1000, np.int32), random.integers(-values, 0, 1000)]
+    # More than half of them have one value.
+    keys[1][random.permutation(1000)[:600]] = 7
     some = list(buckets._sorted(keys, tmp_path))
     np.testing.assert_array_equal(np.concatenate(some), np.lexsort(keys))
-    assert len(some) == min(values, 16) and not list(tmp_path.iterdir())
-    assert values < 10**6 or max(map(len, some)) < 2 * 64
+    assert max(map(len, some)) <= 2 * 64 and not list(tmp_path.iterdir())
+
+
+def test_arrays_are_those_of_numpy_and_a_full_disk_is_an_error(tmp_path):
+    for array in (np.arange(5), np.arange(3, dtype=np.int8)[::-1], np.zeros(0, np.int32)):
+        write_array(tmp_path / "ours.npy", array)
+        np.save(tmp_path / "theirs.npy", array)
+        assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "theirs.npy").read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        write_array(Path("/dev/full"), np.arange(5))
 
 
 def test_a_disk_without_room_for_an_array_is_an_error(tmp_path, monkeypatch):

@@ -186,7 +186,7 @@ def _gathered(prepared: PreparedDataset, rows: np.ndarray, folder: Path) -> dict
         here, place = np.split(place, [len(bucket.latest_users)])
         if table is None:
             kinds = [(name, column.dtype, column.shape[1:]) for name, column in encoded.items()]
-            table = on_disk(folder, len(rows), np.dtype(kinds))
+            table = on_disk(folder, len(rows), np.dtype(kinds, align=True))
         records = np.empty(np.count_nonzero(here >= 0), table.dtype)
         for name, column in encoded.items():
             records[name] = column[here >= 0]

@@ -84,12 +84,12 @@ def profile_run(
     if unknown or not formats:
         raise ConfigError(f"`formats` must be some of {FORMATS}. Received: {tuple(formats)}")
     folder = Path(folder or run.profiles)
-    chosen = Users.of(run.prepared, users, exclude_seen, folder if run.prepared.is_in_buckets else None)
     candidates = Candidates.of(run.prepared, by)
     model = run.load_model(calibrated=True)
     if index is not None:
         check_indexable(model, candidates, model.ranked_tasks if tasks is None else tasks, by)
     profiler = Profiler(model, candidates, tasks)
+    chosen = Users.of(run.prepared, users, exclude_seen, folder if run.prepared.is_in_buckets else None)
     indexes = None
     if index is not None:
         indexes = {
