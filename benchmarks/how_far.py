@@ -28,7 +28,7 @@ class Rates:
         prepared: Bytes of the prepared data, per row.
         prepare: Seconds of preparing, per row.
         alone: Share of them that one process does, whatever the number of workers.
-        base: Bytes of the largest process, of a few rows.
+        base: Bytes of the process that prepares, of a few rows, without pages of files.
         held: Bytes of it more per row.
         train: Seconds of an epoch of the small model, per row of all parts.
         read: Seconds of reading, per training row, in each process.
@@ -39,13 +39,13 @@ class Rates:
 
     log: float = 21
     prepared: float = 30
-    prepare: float = 22e-6
+    prepare: float = 30e-6
     alone: float = 0.13
-    base: float = 1.3e9
-    held: float = 20
-    train: float = 36e-6
+    base: float = 0.72e9
+    held: float = 5.4
+    train: float = 42e-6
     read: float = 1 / 395_000
-    profile: float = 0.29e-3
+    profile: float = 0.4e-3
     users: float = 1 / 40
     ids: float = 0.105
 
