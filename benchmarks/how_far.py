@@ -39,7 +39,7 @@ class Rates:
 
     log: float = 21
     prepared: float = 30
-    prepare: float = 30e-6
+    prepare: float = 27e-6
     alone: float = 0.13
     base: float = 0.72e9
     held: float = 5.4
