@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process of the server: connections, versions, signals."""
 
+import asyncio
 import contextlib
 import gc
 import json
@@ -33,6 +34,7 @@ from mvke_tf.serving.rest.server import (
     Watch,
     _allowed,
     _load_newest,
+    _Server,
     bind,
     load,
     newest_version,
@@ -588,6 +590,37 @@ def test_the_process_survives_bad_clients_and_stops_on_sigterm(toy_export, tmp_p
             output, errors = server.process.communicate(timeout=60)
         assert (server.process.returncode, output) == (0, "Stopped.\n")
         assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_connection_accepted_while_the_server_stops_is_closed(turns):
+    """It was not yet among those that are told to end: the server waited for its client until time was up."""
+
+    async def stop_after(turns: int) -> bytes:
+        config = uvicorn.Config(
+            Application(Stub(lambda: None), limits=Limits(head_seconds=1)),
+            http=guarded(Limits(head_seconds=1)),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+        )
+        config.load()
+        server = _Server(config)
+        server.lifespan = config.lifespan_class(config)
+        bound = bind("127.0.0.1", 0)
+        await server.startup([bound])
+        with socket.create_connection(bound.getsockname()[:2], timeout=60) as idle:
+            idle.sendall(HEAD)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await server.shutdown([bound])
+            idle.setblocking(False)
+            # It is closed, or was never accepted and is reset or closed with the process.
+            with contextlib.suppress(ConnectionError, BlockingIOError):
+                return idle.recv(1000)
+        return b""
+
+    assert asyncio.run(stop_after(turns)) == b""
 
 
 STUCK = """

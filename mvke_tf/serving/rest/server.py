@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import faulthandler
 import gc
@@ -306,6 +307,14 @@ class _Server(uvicorn.Server):
             faulthandler.dump_traceback_later(GRACE_SECONDS + _LAST_SECONDS, exit=True)
         super().handle_exit(sig, frame)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # A connection that has just been accepted is not yet among those that are told to end: the process then waited
+        # for its client.
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(0.05)
+        await super().shutdown(sockets)
+
 
 def run(application: Application, bound: socket.socket, watch: Watch | None = None) -> None:
     """Serves until SIGINT or SIGTERM, then finishes the requests under way.
@@ -339,7 +348,9 @@ def run(application: Application, bound: socket.socket, watch: Watch | None = No
     finally:
         if watch is not None:
             watch.end()
-        _wait_for_threads(application, watch, getattr(server, "ends_at", time.monotonic()))
+        # The thread that looks for versions needs a moment to see that it is to end, even if the time is up.
+        until = max(getattr(server, "ends_at", 0.0), time.monotonic() + 1)
+        _wait_for_threads(application, watch, until)
         faulthandler.cancel_dump_traceback_later()
 
 
