@@ -294,16 +294,18 @@ class Batches:
         own = [part for number in self.own for part in every[number]]
         inputs: dict[str, np.ndarray] = {}
         for side, name in (("user", USER_ROWS), ("item", ITEM_ROWS)):
-            rows = [getattr(data, f"{side}_rows")[chosen] for data, chosen in own]
+            rows = [taken(getattr(data, f"{side}_rows"), chosen) for data, chosen in own]
             if self.deduplicate:
                 rows, inputs[name] = self._distinct_rows(every, side)
+            # Each column would convert them again.
+            rows = [one.astype(np.intp) for one in rows]
             tables = [getattr(data, f"{side}s") for data, _ in own]
             inputs |= {
-                column: _joined([table[column][one] for table, one in zip(tables, rows, strict=True)])
+                column: _joined([taken(table[column], one) for table, one in zip(tables, rows, strict=True)])
                 for column in tables[0]
             }
         labels = {
-            task: _column([np.asarray(data.labels[task])[chosen] for data, chosen in own]) for task in own[0][0].labels
+            task: _column([taken(data.labels[task], chosen) for data, chosen in own]) for task in own[0][0].labels
         }
         if not own[0][0].weights and self.slices == 1:
             return inputs, labels
@@ -311,7 +313,7 @@ class Batches:
         weights = {
             task: _column(
                 [
-                    np.asarray(data.weights[task])[chosen] if task in data.weights else ones[: len(chosen)]
+                    taken(data.weights[task], chosen) if task in data.weights else ones[: len(chosen)]
                     for data, chosen in own
                 ]
             )
@@ -369,6 +371,11 @@ def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return rank[codes], values[order]
+
+
+def taken(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`column[rows]`, in a third of the time where a row is a list, or rows are int32."""
+    return np.asarray(column).take(rows, axis=0)
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
