@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import zipfile
@@ -34,6 +35,9 @@ from mvke_tf.models import TwoTowerModel, load_model
 from mvke_tf.run_folder import History, RunFolder, quoted, resume_command
 
 LOGGER = logging.getLogger(__name__)
+
+# Of a variable that is written.
+_BYTES_AT_A_TIME = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,12 +280,12 @@ class Run(RunFolder):
                 writer.writerows(history)
         variables = _state_variables(model)
         said = {"history": json.dumps(history), "names": json.dumps(_stable_names(variables)), **within}
-        # Last, because it is what makes the epoch count as finished. One copy of a variable is held at a time.
+        # Last, because it is what makes the epoch count as finished.
         with atomic_write(self.state_file) as temporary, zipfile.ZipFile(temporary, "w") as file:
             for name, value in said.items():
                 _add_array(file, name, np.asanyarray(value))
             for index, variable in enumerate(variables):
-                _add_array(file, f"variable_{index:04d}", keras.ops.convert_to_numpy(variable))
+                _add_array(file, f"variable_{index:04d}", variable)
 
     def history(self) -> History:
         """One dictionary per epoch that has finished; empty if none has.
@@ -356,10 +360,18 @@ class Run(RunFolder):
         return RunError(f"{self.state_file} is damaged ({reason}), and resuming needs it.{kept} {self.train_anew()}")
 
 
-def _add_array(file: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
-    """Adds an array as `np.savez` does, which holds all of them at once."""
+def _add_array(file: zipfile.ZipFile, name: str, array: np.ndarray | keras.Variable) -> None:
+    """Adds what `np.savez` would, without copies of all arrays, or of all rows of a large one."""
+    size = math.prod(array.shape) * np.dtype(array.dtype).itemsize
     with file.open(f"{name}.npy", "w", force_zip64=True) as opened:
-        np.lib.format.write_array(opened, array, allow_pickle=False)
+        if size <= _BYTES_AT_A_TIME or not array.shape:
+            np.lib.format.write_array(opened, keras.ops.convert_to_numpy(array), allow_pickle=False)
+            return
+        about = {"descr": np.dtype(array.dtype).str, "fortran_order": False, "shape": tuple(array.shape)}
+        np.lib.format.write_array_header_1_0(opened, about)
+        rows = max(1, array.shape[0] * _BYTES_AT_A_TIME // size)
+        for start in range(0, array.shape[0], rows):
+            opened.write(np.ascontiguousarray(keras.ops.convert_to_numpy(array[start : start + rows])).data)
 
 
 def _relative(path: Path, start: Path) -> str:

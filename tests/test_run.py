@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -217,12 +219,20 @@ def test_a_run_with_uncertainty_weights_loads_in_a_new_process(tiny_prepared, tm
     assert done.stdout.strip() == str(tuple(tiny_prepared.task_names())), done.stderr
 
 
-def test_state_round_trip(tiny_run, model):
+@pytest.mark.parametrize("bytes_at_a_time", [2**24, 40])
+def test_state_round_trip(tiny_run, model, bytes_at_a_time, monkeypatch):
+    monkeypatch.setattr("mvke_tf.run._BYTES_AT_A_TIME", bytes_at_a_time)
     model.optimizer.build(model.trainable_variables)
     variables = [*model.variables, *model.optimizer.variables]
     assert tiny_run.restore_state(model) == tiny_run.history() == []
     expected = [variable.numpy() for variable in variables]
     tiny_run.save_state(model, HISTORY)
+    with zipfile.ZipFile(tiny_run.state_file) as file:
+        held = [file.read(f"variable_{index:04d}.npy") for index in range(len(variables))]
+    for variable, content in zip(expected, held, strict=True):
+        saved = io.BytesIO()
+        np.save(saved, variable)
+        assert content == saved.getvalue()
     for variable in variables:
         variable.assign(np.zeros_like(variable))
     np.testing.assert_equal(tiny_run.restore_state(model), HISTORY)
@@ -269,6 +279,7 @@ def test_a_state_of_other_variables_is_an_error(tiny_run, model):
 def test_one_process_trains_a_run(tiny_run):
     code = """
 import sys
+import zipfile
 from mvke_tf.errors import RunError
 from mvke_tf.run import Run
 try:

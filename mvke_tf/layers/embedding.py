@@ -9,10 +9,13 @@ from typing import Any
 
 import keras
 import keras_rs
+import numpy as np
 from keras import ops
 
 # Rows from which on a table is never read or differentiated as a whole, where the backend can help it.
 LARGE_TABLE = 8192
+# Of a table that is saved.
+BYTES_OF_A_PART = 2**24
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")
@@ -156,6 +159,21 @@ class FieldEmbedding(keras_rs.layers.EmbedReduce):
 
     def compute_output_spec(self, inputs, weights=None, training=None):
         return super().compute_output_spec(inputs, weights)
+
+    def save_own_variables(self, store) -> None:
+        if self.quantization_mode is not None:
+            super().save_own_variables(store)
+            return
+        # In parts, because two copies of what is stored are made in memory.
+        rows = max(1, BYTES_OF_A_PART // (4 * self.output_dim))
+        for part, start in enumerate(range(0, self.input_dim, rows)):
+            store[str(part)] = self.embeddings[start : start + rows]
+
+    def load_own_variables(self, store) -> None:
+        if self.quantization_mode is not None:
+            super().load_own_variables(store)
+            return
+        self.embeddings.assign(np.concatenate([store[str(part)] for part in range(len(store.keys()))]))
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")

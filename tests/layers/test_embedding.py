@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
+import zipfile
+
+import h5py
 import keras
 import keras_rs
 import numpy as np
@@ -22,6 +26,31 @@ def many(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     weights[1, 1] = 0.0
     weights[2] = 0.0
     return indices, weights
+
+
+def test_large_tables_are_saved_in_parts_and_earlier_ones_are_read(tmp_path, monkeypatch):
+    def model():
+        ids = keras.Input((), dtype="int32")
+        return keras.Model(ids, FieldEmbedding(40, D, name="field")(ids))
+
+    def parts(path):
+        with zipfile.ZipFile(path) as file, h5py.File(io.BytesIO(file.read("model.weights.h5"))) as weights:
+            return [
+                weights[f"layers/field_embedding/vars/{part}"].shape for part in weights["layers/field_embedding/vars"]
+            ]
+
+    whole, saved = model(), tmp_path / "model.keras"
+    expected = whole.get_weights()[0]
+    whole.save(saved)
+    assert parts(saved) == [(40, D)]
+    monkeypatch.setattr("mvke_tf.layers.embedding.BYTES_OF_A_PART", 15 * 4 * D)
+    loaded = keras.saving.load_model(saved)
+    np.testing.assert_array_equal(loaded.get_weights()[0], expected)
+    loaded.save(saved)
+    assert parts(saved) == [(15, D), (15, D), (10, D)]
+    for again in (keras.saving.load_model(saved), model()):
+        again.load_weights(saved)
+        np.testing.assert_array_equal(again.get_weights()[0], expected)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 40])
