@@ -15,7 +15,7 @@ from keras import ops
 # Rows from which on a table is never read or differentiated as a whole, where the backend can help it.
 LARGE_TABLE = 8192
 # Of a table that is saved.
-BYTES_OF_A_PART = 2**24
+BYTES_OF_A_PART = 2**22
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")
