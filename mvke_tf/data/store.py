@@ -930,12 +930,10 @@ class _File(Mapping[str, np.ndarray]):
         self._ranges = dict(ranges or {})
         self._columns: dict[str, np.ndarray] = {}
         try:
-            # What is known of its columns is read once: that takes as long as to read a short one.
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
         except (OSError, ValueError, pa.ArrowException) as error:
             raise self._damaged(error) from error
-        self._metadata = metadata
         if metadata.num_rows != rows:
             raise self._damaged(f"{metadata.num_rows} rows instead of {rows}")
         self._names = [name for name in schema.names if name != _NO_COLUMN]
@@ -973,9 +971,7 @@ class _File(Mapping[str, np.ndarray]):
             raise KeyError(name)
         try:
             # Checksums of pages show what was changed, or went bad, since they were written.
-            with pq.ParquetFile(
-                self._path, metadata=self._metadata, memory_map=True, page_checksum_verification=True
-            ) as file:
+            with pq.ParquetFile(self._path, memory_map=True, page_checksum_verification=True) as file:
                 # Handing one column to other threads takes longer than they save.
                 column = file.read(columns=[name], use_threads=False).column(name)
             nulls = column.null_count
