@@ -161,19 +161,21 @@ class FieldEmbedding(keras_rs.layers.EmbedReduce):
         return super().compute_output_spec(inputs, weights)
 
     def save_own_variables(self, store) -> None:
-        if self.quantization_mode is not None:
-            super().save_own_variables(store)
+        own: dict[str, Any] = {}
+        super().save_own_variables(own)
+        if list(own) != ["0"]:
+            for name, value in own.items():
+                store[name] = value
             return
         # In parts, because two copies of what is stored are made in memory.
         rows = max(1, BYTES_OF_A_PART // (4 * self.output_dim))
         for part, start in enumerate(range(0, self.input_dim, rows)):
-            store[str(part)] = self.embeddings[start : start + rows]
+            store[str(part)] = own["0"][start : start + rows]
 
     def load_own_variables(self, store) -> None:
-        if self.quantization_mode is not None:
-            super().load_own_variables(store)
-            return
-        self.embeddings.assign(np.concatenate([store[str(part)] for part in range(len(store.keys()))]))
+        if self.quantization_mode is None and len(store.keys()) > 1:
+            store = {"0": np.concatenate([store[str(part)] for part in range(len(store.keys()))])}
+        super().load_own_variables(store)
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")

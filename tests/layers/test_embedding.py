@@ -51,6 +51,19 @@ def test_large_tables_are_saved_in_parts_and_earlier_ones_are_read(tmp_path, mon
     for again in (keras.saving.load_model(saved), model()):
         again.load_weights(saved)
         np.testing.assert_array_equal(again.get_weights()[0], expected)
+    adapted = model()
+    adapted.layers[1].enable_lora(2)
+    adapted.load_weights(saved)
+    adapted.save_weights(tmp_path / "adapted.weights.h5")
+    again.load_weights(tmp_path / "adapted.weights.h5")
+    np.testing.assert_array_equal(again.get_weights()[0], expected)
+    adapted.quantize("int8")
+    adapted.save_weights(tmp_path / "quantized.weights.h5")
+    model_of_bytes = model()
+    model_of_bytes.quantize("int8")
+    model_of_bytes.load_weights(tmp_path / "quantized.weights.h5")
+    for one, other in zip(model_of_bytes.get_weights(), adapted.get_weights(), strict=False):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 40])
