@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command line, without the program's name, and ends the process.
 
     Raises:
-        SystemExit: Always. 0 when the command is done, 2 after a `MvkeError`, an `OSError` or bad arguments, which are
-            one line on stderr (with a traceback before it if the environment has `MVKE_DEBUG=1`), 130 after Ctrl-C,
-            141, silently, if nobody reads the output any more (`mvke schema | head`). Any other error is a defect and
-            keeps its traceback.
+        SystemExit: Always. 0 when the command is done, 2 after a `MvkeError`, an `OSError`, bad arguments or where
+            memory is refused, which are one line on stderr (with a traceback before it if the environment has
+            `MVKE_DEBUG=1`), 130 after Ctrl-C, 141, silently, if nobody reads the output any more (`mvke schema |
+            head`). Any other error is a defect and keeps its traceback.
     """
     run_main(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
 
@@ -71,10 +71,16 @@ def run_main(body: Callable[[], object]) -> NoReturn:
             sys.exit(141)
         _fail(error, str(error))
     except Exception as error:
-        fault = _fault_of_files(error)
-        if not fault:
+        if fault := _fault_of_files(error):
+            _fail(error, f"{fault}, says TensorFlow. What was there before is untouched; make room and run it again.")
+        if not _is_of_memory(error):
             raise
-        _fail(error, f"{fault}, says TensorFlow. What was there before is untouched; make room and run it again.")
+        received = str(error).partition("\n")[0] or type(error).__name__
+        _fail(
+            error,
+            "There is not enough memory for this: take a smaller model (--embedding_dim, --hidden_dims) or "
+            f"--batch_size, or another machine. Received: {received}",
+        )
     except KeyboardInterrupt as interrupt:
         print(f"\nInterrupted. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)
@@ -94,6 +100,15 @@ def _fault_of_files(error: Exception) -> str:
         return ""
     faults = map(os.strerror, (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS))
     return next((fault for fault in faults if fault in str(error)), "")
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether Python, TensorFlow or JAX were refused memory."""
+    name = type(error).__name__
+    return isinstance(error, MemoryError) or (
+        name in ("ResourceExhaustedError", "JaxRuntimeError", "XlaRuntimeError")
+        and any(word in str(error) for word in ("OOM when allocating", "RESOURCE_EXHAUSTED", "Out of memory"))
+    )
 
 
 def _open_streams() -> None:

@@ -453,6 +453,26 @@ def test_the_backend_is_that_of_keras(tmp_path, monkeypatch):
     assert cli.check_backend() == "jax"
 
 
+def test_too_little_memory_is_one_line(capsys):
+    import numpy as np
+    import tensorflow as tf
+    from jax.errors import JaxRuntimeError
+
+    def fails(body):
+        assert status(body) == 2
+        said = capsys.readouterr().err
+        start = "error: There is not enough memory for this: take a smaller model (--embedding_dim, --hidden_dims)"
+        assert said.startswith(start) and said.count("\n") == 1
+        return said
+
+    assert "Received: {{function_node" in fails(lambda: tf.zeros((2**21, 2**21)) * 2.0)
+    assert "Unable to allocate 8.00 PiB" in fails(lambda: np.empty(2**50, np.int64))
+    said = fails(raises(JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: ...")))
+    assert said.endswith("Received: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n")
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"):
+        status(raises(JaxRuntimeError("INTERNAL: a defect")))
+
+
 def test_a_full_disk_is_one_line_where_tensorflow_writes(capsys):
     from tensorflow import errors
 
@@ -462,8 +482,8 @@ def test_a_full_disk_is_one_line_where_tensorflow_writes(capsys):
         "error: No space left on device, says TensorFlow. What was there before is untouched; make room and run it "
         "again.\n"
     )
-    with pytest.raises(errors.ResourceExhaustedError, match="OOM"):
-        run_main(raises(errors.ResourceExhaustedError(None, None, "OOM when allocating")))
+    with pytest.raises(errors.ResourceExhaustedError, match="queue"):
+        run_main(raises(errors.ResourceExhaustedError(None, None, "The queue is full")))
 
 
 def test_another_broken_pipe_is_an_error(capsys):
