@@ -78,8 +78,8 @@ def run_main(body: Callable[[], object]) -> NoReturn:
         received = str(error).partition("\n")[0] or type(error).__name__
         _fail(
             error,
-            "There is not enough memory for this: take a smaller model (--embedding_dim, --hidden_dims) or "
-            f"--batch_size, or another machine. Received: {received}",
+            "There is not enough memory for this: take a smaller --memory_mb where data are prepared, else a smaller "
+            f"--batch_size or model (--embedding_dim, --hidden_dims), or another machine. Received: {received}",
         )
     except KeyboardInterrupt as interrupt:
         print(f"\nInterrupted. {interrupt}".rstrip(), file=sys.stderr)

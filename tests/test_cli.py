@@ -461,7 +461,7 @@ def test_too_little_memory_is_one_line(capsys):
     def fails(body):
         assert status(body) == 2
         said = capsys.readouterr().err
-        start = "error: There is not enough memory for this: take a smaller model (--embedding_dim, --hidden_dims)"
+        start = "error: There is not enough memory for this: take a smaller --memory_mb where data are prepared, else"
         assert said.startswith(start) and said.count("\n") == 1
         return said
 

@@ -279,7 +279,6 @@ def test_a_state_of_other_variables_is_an_error(tiny_run, model):
 def test_one_process_trains_a_run(tiny_run):
     code = """
 import sys
-import zipfile
 from mvke_tf.errors import RunError
 from mvke_tf.run import Run
 try:
