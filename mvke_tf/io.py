@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -99,6 +100,17 @@ def on_disk(folder: Path, rows: int, kind: Any) -> np.ndarray:
         else:
             file.truncate(size)
         return np.asarray(np.memmap(file, kind, "r+", shape=(rows,)))
+
+
+def give_back(array: np.ndarray) -> None:
+    """Lets the system have the memory of an `on_disk` array, or a view of one, whose values stay in the file."""
+    import numpy as np
+
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

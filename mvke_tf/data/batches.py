@@ -17,9 +17,12 @@ from typing import Any
 import keras
 import numpy as np
 
+from mvke_tf.data.shared import SharedColumn, joined
 from mvke_tf.schema import ITEM_ROWS, USER_ROWS, Task
 
 Table = Mapping[str, np.ndarray]
+# Of user states, whose columns may be `SharedColumn`s.
+States = Mapping[str, Any]
 PREFETCHED = 2
 
 
@@ -28,7 +31,8 @@ class Interactions:
     """Encoded entities, and the interactions of one part of the log: pairs of a user state and an item.
 
     Args:
-        users: One row per user state, `{input: (N, ...)}`; indices int32, weights and dense features float32.
+        users: One row per user state, `{input: (N, ...)}`; indices int32, weights and dense features float32. Of large
+            data, wide columns are `mvke_tf.data.shared.SharedColumn`s.
         items: One row per item, `{input: (M, ...)}`, likewise.
         user_rows: int32 `(n,)`, row of the user state of each pair.
         item_rows: int32 `(n,)`, row of the item of each pair.
@@ -37,7 +41,7 @@ class Interactions:
             count, as where it has no label. Tasks that are absent weigh every pair 1.
     """
 
-    users: Table
+    users: States
     items: Table
     user_rows: np.ndarray
     item_rows: np.ndarray
@@ -301,7 +305,7 @@ class Batches:
             rows = [one.astype(np.intp) for one in rows]
             tables = [getattr(data, f"{side}s") for data, _ in own]
             inputs |= {
-                column: _joined([taken(table[column], one) for table, one in zip(tables, rows, strict=True)])
+                column: joined([taken(table[column], one) for table, one in zip(tables, rows, strict=True)])
                 for column in tables[0]
             }
         labels = {
@@ -340,7 +344,7 @@ class Batches:
                 begin += len(one)
             fill = np.zeros((number + 1) * height - begin, rows[-1].dtype)
             rows[-1] = np.concatenate([rows[-1], fill])
-        return rows, _joined(places).astype(np.int32)
+        return rows, joined(places).astype(np.int32)
 
 
 def _cut(parts: Sequence[_Part], slices: int) -> list[list[_Part]]:
@@ -373,17 +377,13 @@ def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rank[codes], values[order]
 
 
-def taken(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def taken(column: np.ndarray | SharedColumn, rows: np.ndarray) -> np.ndarray:
     """`column[rows]`, in a third of the time where a row is a list, or rows are int32."""
-    return np.asarray(column).take(rows, axis=0)
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return column.take(rows) if isinstance(column, SharedColumn) else np.asarray(column).take(rows, axis=0)
 
 
 def _column(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return _joined(arrays).astype(np.float32)[:, None]
+    return joined(arrays).astype(np.float32)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,7 +431,10 @@ class _Window:
         data, ones = self.data, np.ones(len(self.data), np.float32)
         weights = {task: data.weights.get(task, ones) for task in data.labels} if data.weights else {}
         return (
-            *({name: tf.constant(column) for name, column in table.items()} for table in (data.users, data.items)),
+            *(
+                {name: tf.constant(np.asarray(column)) for name, column in table.items()}
+                for table in (data.users, data.items)
+            ),
             *(tf.constant(rows, tf.int32) for rows in (data.user_rows, data.item_rows)),
             *(
                 {task: tf.constant(column[:, None], tf.float32) for task, column in columns.items()}
@@ -445,7 +448,7 @@ def _together(shards: Sequence[Interactions]) -> Interactions:
     """One `Interactions` of several, whose items are the same."""
     first = shards[0]
     # Columns in files are read once.
-    users = {name: _joined([np.asarray(shard.users[name]) for shard in shards]) for name in first.users}
+    users = {name: joined([shard.users[name] for shard in shards]) for name in first.users}
     items = {name: np.asarray(column) for name, column in first.items.items()}
     begins = np.concatenate([[0], np.cumsum([_rows(shard.users) for shard in shards])])
     ones = [np.ones(len(shard), np.float32) for shard in shards]
@@ -453,18 +456,18 @@ def _together(shards: Sequence[Interactions]) -> Interactions:
     return Interactions(
         users,
         items,
-        _joined([np.asarray(shard.user_rows) + begin for shard, begin in zip(shards, begins, strict=False)]),
-        _joined([np.asarray(shard.item_rows) for shard in shards]),
-        {task: _joined([np.asarray(shard.labels[task]) for shard in shards]) for task in first.labels},
+        joined([np.asarray(shard.user_rows) + begin for shard, begin in zip(shards, begins, strict=False)]),
+        joined([np.asarray(shard.item_rows) for shard in shards]),
+        {task: joined([np.asarray(shard.labels[task]) for shard in shards]) for task in first.labels},
         {
-            task: _joined([shard.weights.get(task, one) for shard, one in zip(shards, ones, strict=True)])
+            task: joined([shard.weights.get(task, one) for shard, one in zip(shards, ones, strict=True)])
             for task in first.labels
             if task in weighted
         },
     )
 
 
-def _rows(table: Table) -> int:
+def _rows(table: States) -> int:
     return len(next(iter(table.values()))) if table else 0
 
 

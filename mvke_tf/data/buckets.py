@@ -443,7 +443,10 @@ class _Preparation:
                 _linked(place / file, folder / name / file)
             raw = store.raw_columns(place, rows, encoder.of_tower("user"), facts["lengths"])
             table = EntityTable("user", np.zeros(rows, np.int8), encoder.encode_numpy(raw, "user", rows), {})
-            store.write_encoded(folder / name, table, packed=True)
+            if name == "users":
+                store.write_shared(folder / name, table)
+            else:
+                store.write_encoded(folder / name, table, packed=True)
         tasks = self.dataset.task_names
         user_row, split, sampled = self._columns(number, "user_row", "split", "sampled")
         labels, weights = (

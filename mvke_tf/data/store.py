@@ -6,13 +6,14 @@ What was prepared in buckets of users lies in buckets: whatever needs less than 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,29 @@ from mvke_tf.config import OBJECTIVES, nearest
 from mvke_tf.data.batches import Interactions, Shards, taken
 from mvke_tf.data.declaration import PARTS, Dataset, TaskDeclaration
 from mvke_tf.data.encoder import NUMPY_DTYPES, RAW_UNKNOWN, EncodedFeature, Encoder
+from mvke_tf.data.shared import SharedColumn, shared
 from mvke_tf.errors import ConfigError, DataError, DeclarationError
 from mvke_tf.io import atomic_write, read_json
 from mvke_tf.schema import TOWERS, WEIGHTS_SUFFIX, Schema, Task
 
 logger = logging.getLogger(__name__)
 
-# Format 1 had neither mean weight nor length of lists; it is read as it is. Format 3 is 2 in buckets.
-FORMATS = (1, 2, 3)
-WHOLE, IN_BUCKETS = 2, 3
+# Format 1 had neither mean weight nor length of lists; it is read as it is. Format 3 is 2 in buckets, in which rows of
+# wide columns did not share values as in 4.
+FORMATS = (1, 2, 3, 4)
+WHOLE, IN_BUCKETS = 2, 4
 TABLES = ("users", "items", "latest_users")
 IN_A_BUCKET = ("users", "latest_users", "interactions")
 FILES = ("keys", "encoded", "raw")
+# Of encoded columns of user states in buckets: what their rows share.
+SHARED = "shared.parquet"
+# Ends of the names of their places.
+_ROW, _EVENT, _COUNT = ":row", ":event", ":count"
 INTERACTIONS = "interactions.parquet"
 SIDES = {"users": "user", "items": "item", "latest_users": "user"}
-# Encoded user states of buckets that training holds, and shuffles, together.
-WINDOW_BYTES = 2**27
+# Encoded user states and interactions of buckets that training holds, and shuffles, together; an interaction takes so
+# much with its place in the order.
+WINDOW_BYTES, INTERACTION_BYTES = 2**26, 64
 MANIFEST, ENCODER = "manifest.json", "encoder.json"
 REMEDY = "Delete the folder and run `mvke prepare --data ...` again."
 
@@ -49,7 +57,7 @@ def digest(dataset: Dataset, fingerprint: str, version: int = WHOLE, buckets: in
 
     Also the number of its buckets, which the order of the rows depends on.
     """
-    made_of = [version, dataset.to_dict(), fingerprint, *([buckets] if version == IN_BUCKETS else [])]
+    made_of = [version, dataset.to_dict(), fingerprint, *([buckets] if version > WHOLE else [])]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
@@ -417,13 +425,14 @@ class PreparedDataset:
             states, rows = np.unique(data.user_rows, return_inverse=True)
             return dataclasses.replace(data, users=_Rows(data.users, states), user_rows=rows.astype(np.int32))
 
-        per_state = sum(
-            4 * (feature.width or feature.length * (1 + (feature.length > 1)))
-            for feature in self.encoder.schema_features()
-            if feature.tower == "user"
-        )
-        most = max((len(self.bucket(number).users) for number in filled), default=1)
-        return Shards([sizes[number] for number in filled], read, max(1, WINDOW_BYTES // (per_state * most)))
+        most = max((self.bucket(number)._bytes_to_train for number in filled), default=1)
+        return Shards([sizes[number] for number in filled], read, max(1, WINDOW_BYTES // most))
+
+    @property
+    def _bytes_to_train(self) -> int:
+        """What encoded user states and interactions take in memory; of data in one bucket."""
+        states = self.users.encoded
+        return INTERACTION_BYTES * len(self) + sum(states.size(name) for name in states)  # type: ignore[attr-defined]
 
     def alone(self, part: str) -> PreparedDataset:
         """Of data in buckets, the interactions of one part and the user states in them, without buckets; else itself.
@@ -582,9 +591,8 @@ class PreparedDataset:
         if wrong:
             raise DataError(f"{folder / MANIFEST} is damaged: offsets of unknown tasks {wrong}. {REMEDY}")
 
-        rows, lengths = manifest["rows"], manifest["list_lengths"]
-        in_buckets = manifest["format"] == IN_BUCKETS
-        items = _load_table([(folder, rows["items"])], "items", encoder, lengths)
+        rows, lengths, version = manifest["rows"], manifest["list_lengths"], manifest["format"]
+        items = _load_table([(folder, rows["items"])], "items", encoder, lengths, version)
         catalogue = _File(
             folder / "catalogue.parquet",
             rows["catalogue"],
@@ -599,7 +607,7 @@ class PreparedDataset:
 
         def part(some: Sequence[tuple[Path, Mapping[str, int]]], parts: Sequence[Callable[[], Any]] = ()) -> Any:
             users, latest_users = (
-                _load_table([(path, numbers[name]) for path, numbers in some], name, encoder, lengths)
+                _load_table([(path, numbers[name]) for path, numbers in some], name, encoder, lengths, version)
                 for name in ("users", "latest_users")
             )
             files = []
@@ -617,15 +625,15 @@ class PreparedDataset:
                 _joined(files, {"user_row": starts}),
                 {name: float(value) for name, value in offsets.items()},
                 folder,
-                manifest["format"],
+                version,
                 parts,
             )
             return prepared
 
-        places = [
-            (folder / bucket_name(number) if in_buckets else folder, numbers) for number, numbers in enumerate(buckets)
-        ]
-        return part(places, [functools.partial(part, [place]) for place in places] if in_buckets else ())
+        if version <= WHOLE:
+            return part([(folder, rows)])
+        places = [(folder / bucket_name(number), numbers) for number, numbers in enumerate(buckets)]
+        return part(places, [functools.partial(part, [place]) for place in places])
 
 
 def interaction_columns(
@@ -686,6 +694,44 @@ def write_encoded(folder: Path, table: EntityTable, packed: bool = False) -> Non
     """
     encoded = {column: (_packed if packed else _fixed)(values) for column, values in table.encoded.items()}
     _write(folder / "encoded.parquet", encoded, len(table), "lz4" if packed else "zstd")
+
+
+def write_shared(folder: Path, states: EntityTable) -> None:
+    """Writes the encoded columns of user states, packed, and those in a shared form that are half as large so.
+
+    Of these the places (`:row`; of events `:event` and `:count`, which a list and its weights have together) are beside
+    the other columns, and the values in another file, a row for each column.
+    """
+    encoded: dict[str, pa.Array] = {}
+    values: dict[str, np.ndarray] = {}
+    for name, column in states.encoded.items():
+        of_list = name + WEIGHTS_SUFFIX
+        if column.ndim == 1:
+            encoded[name] = _packed(column)
+        elif name not in values and name not in encoded:
+            names = [name, of_list] if of_list in states.encoded else [name]
+            columns = shared(*(states.encoded[one] for one in names))
+            if columns is None:
+                encoded |= {one: _packed(states.encoded[one]) for one in names}
+                continue
+            for one, form in zip(names, columns, strict=True):
+                values[one] = form.values
+                if form.count is None:
+                    encoded[one + _ROW] = pa.array(form.position)
+                else:
+                    encoded |= {name + _EVENT: pa.array(form.position), name + _COUNT: pa.array(form.count)}
+    _write(folder / "encoded.parquet", encoded, len(states), "lz4")
+    content = [np.ascontiguousarray(column, column.dtype.newbyteorder("<")).tobytes() for column in values.values()]
+    table = pa.table({"column": pa.array(list(values), pa.string()), "values": pa.array(content, pa.large_binary())})
+    pq.write_table(
+        table,
+        folder / SHARED,
+        row_group_size=1,
+        compression="lz4",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
 
 
 def write_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
@@ -792,7 +838,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     tables = {*TABLES, "catalogue", "interactions"}
     try:
         numbers = [len(bucket) + sum(bucket[name] for name in IN_A_BUCKET) for bucket in manifest.get("buckets", ())]
-        is_damaged = (manifest["format"] == IN_BUCKETS) != bool(numbers) or any(number < 3 for number in numbers)
+        is_damaged = (manifest["format"] > WHOLE) != bool(numbers) or any(number < 3 for number in numbers)
     except (TypeError, KeyError):
         is_damaged = True
     if is_damaged:
@@ -801,6 +847,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     for table in TABLES:
         files |= {f"{place}{table}/{name}.parquet" for place in _places(manifest, table) for name in FILES}
     files |= {f"{place}{INTERACTIONS}" for place in _places(manifest, INTERACTIONS)}
+    if manifest["format"] == IN_BUCKETS:
+        files |= {f"{place}users/{SHARED}" for place in _places(manifest, "users")}
     for key, expected in (("rows", tables), ("files", files)):
         if set(manifest[key]) != expected:
             raise DataError(f"{path} is damaged: {key!r} has {sorted(manifest[key])}, not {sorted(expected)}. {REMEDY}")
@@ -814,7 +862,7 @@ def _bucket_rows(manifest: Mapping[str, Any]) -> Sequence[Mapping[str, int]]:
 
 def _places(manifest: Mapping[str, Any], what: str) -> list[str]:
     """Beginnings of the names of the folders that have a table, or the interactions."""
-    if manifest["format"] != IN_BUCKETS or what == "items":
+    if manifest["format"] <= WHOLE or what == "items":
         return [""]
     return [f"{bucket_name(number)}/" for number in range(len(manifest["buckets"]))]
 
@@ -836,7 +884,7 @@ def _shown(value: Any, most: int = 80) -> str:
 
 
 def _load_table(
-    places: Sequence[tuple[Path, int]], name: str, encoder: Encoder, lengths: Mapping[str, int]
+    places: Sequence[tuple[Path, int]], name: str, encoder: Encoder, lengths: Mapping[str, int], version: int
 ) -> EntityTable:
     """A table that lies in one folder or several, each with so many of its rows."""
     side = SIDES[name]
@@ -852,8 +900,9 @@ def _load_table(
                 types[of_model.name] = pa.list_(pa.int32(), of_model.length)
                 types[of_model.name + WEIGHTS_SUFFIX] = pa.list_(pa.float32(), of_model.length)
     readers = {column: functools.partial(_to_rows, kind=kind) for column, kind in types.items()}
+    kind = _Encoded if version == IN_BUCKETS and name == "users" else _File
     encoded = _joined(
-        [_File(folder / name / "encoded.parquet", rows, types, _to_flat, readers) for folder, rows in places]
+        [kind(folder / name / "encoded.parquet", rows, types, _to_flat, readers) for folder, rows in places]
     )
     features = encoder.of_tower(side)
     raw = _joined([raw_columns(folder / name, rows, features, lengths) for folder, rows in places])
@@ -908,7 +957,7 @@ class _File(Mapping[str, np.ndarray]):
     Args:
         path: The file.
         rows: Rows that it must have.
-        types: Types of its columns; any if None.
+        types: Types of its columns, or what gives them for their names; any if None.
         read: How a column becomes an array, unless `readers` has another way for it.
         readers: See `read`.
         ranges: Columns whose values must be from 0 to below a number.
@@ -921,7 +970,7 @@ class _File(Mapping[str, np.ndarray]):
         self,
         path: Path,
         rows: int,
-        types: Mapping[str, pa.DataType] | None,
+        types: Mapping[str, pa.DataType] | Callable[[Sequence[str]], Mapping[str, pa.DataType]] | None,
         read: Callable[[pa.Array], np.ndarray],
         readers: Mapping[str, Callable[[pa.Array], np.ndarray]] | None = None,
         ranges: Mapping[str, int] | None = None,
@@ -929,6 +978,7 @@ class _File(Mapping[str, np.ndarray]):
         self._path, self._rows, self._read, self._readers = path, rows, read, dict(readers or {})
         self._ranges = dict(ranges or {})
         self._columns: dict[str, np.ndarray] = {}
+        self._types: Mapping[str, pa.DataType] = {}
         try:
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
@@ -938,15 +988,21 @@ class _File(Mapping[str, np.ndarray]):
             raise self._damaged(f"{metadata.num_rows} rows instead of {rows}")
         self._names = [name for name in schema.names if name != _NO_COLUMN]
         if types is not None:
+            types = types(self._names) if callable(types) else types
             found = {name: schema.field(name).type for name in self._names}
             if set(found) != set(types):
                 raise self._damaged(f"columns {sorted(found)} instead of {sorted(types)}")
             for name, kind in types.items():
                 if not _same_type(found[name], kind):
                     raise self._damaged(f"column {name!r} is {found[name]}, not {kind}")
-            self._names = list(types)
+            self._names, self._types = list(types), types
         for name, most in self._ranges.items():
             self._check_statistics(metadata, schema.names.index(name), name, most)
+
+    def size(self, name: str) -> int:
+        """Bytes that a column takes in memory, of 32 bits or lists of them."""
+        kind = self._types[name]
+        return 4 * self._rows * (kind.list_size if pa.types.is_fixed_size_list(kind) else 1)
 
     def _damaged(self, what: object) -> DataError:
         return DataError(f"{self._path} is damaged: {' '.join(str(what).split())}. {REMEDY}")
@@ -1003,6 +1059,92 @@ class _File(Mapping[str, np.ndarray]):
         return len(self._names)
 
 
+class _Encoded(Mapping[str, np.ndarray]):
+    """Encoded columns of user states as `write_shared` wrote them; see `_File`."""
+
+    def __init__(
+        self,
+        path: Path,
+        rows: int,
+        types: Mapping[str, pa.DataType],
+        read: Callable[[pa.Array], np.ndarray],
+        readers: Mapping[str, Callable[[pa.Array], np.ndarray]],
+    ) -> None:
+        self._path, self._rows, self._types = path.with_name(SHARED), rows, types
+        self._columns: dict[str, np.ndarray] = {}
+        self._file = _File(path, rows, self._stored, read, readers)
+
+    def _places(self, name: str, stored: Container[str]) -> tuple[str, ...]:
+        """The columns that have the places of the values of a column; none where it is there itself."""
+        events = name.removesuffix(WEIGHTS_SUFFIX)
+        kinds = ((), (name + _ROW,), (events + _EVENT, events + _COUNT))
+        return next((kind for kind in kinds if all(one in stored for one in kind or (name,))), ())
+
+    def _stored(self, names: Sequence[str]) -> dict[str, pa.DataType]:
+        found: dict[str, pa.DataType] = {}
+        for name, kind in self._types.items():
+            found |= dict.fromkeys(self._places(name, names), pa.int32()) or {name: kind}
+        return found
+
+    @functools.cached_property
+    def _groups(self) -> dict[str, tuple[int, int]]:
+        """Of each column with places, the row group of its values and their bytes."""
+        with self._reading() as file:
+            names = file.read(columns=["column"], use_threads=False).column("column").to_pylist()
+            sizes = [file.metadata.row_group(group).column(1).total_uncompressed_size for group in range(len(names))]
+        return {name: (group, size) for group, (name, size) in enumerate(zip(names, sizes, strict=True))}
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[pq.ParquetFile]:
+        try:
+            with pq.ParquetFile(self._path, memory_map=True, page_checksum_verification=True) as file:
+                yield file
+        except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, what: object) -> DataError:
+        return DataError(f"{self._path} is damaged: {' '.join(str(what).split())}. {REMEDY}")
+
+    def read(self, name: str) -> np.ndarray | SharedColumn:
+        """A column, without keeping it."""
+        places = self._places(name, self._file)
+        if not places:
+            return self._file.read(name)
+        kind, is_row = self._types[name], len(places) == 1
+        dtype = np.dtype(kind.value_type.to_pandas_dtype())
+        position, *count = (self._file.read(one) for one in places)
+        groups = self._groups
+        with self._reading() as file:
+            group, _ = groups[name]
+            content = file.read_row_group(group, columns=["values"], use_threads=False).column(0)[0].as_buffer()
+            values = np.frombuffer(content, dtype.newbyteorder("<")).astype(dtype, copy=False)
+            values = values.reshape(-1, kind.list_size) if is_row else values
+        column = SharedColumn(values, position, count[0] if count else None, kind.list_size)
+        if problem := column.problem:
+            raise self._damaged(f"column {name!r}: {problem}")
+        return column
+
+    def size(self, name: str) -> int:
+        """Bytes that a column takes in memory."""
+        places = self._places(name, self._file)
+        return sum(map(self._file.size, places)) + self._groups[name][1] if places else self._file.size(name)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._columns:
+            self._columns[name] = np.asarray(self.read(name))
+            self._columns[name].flags.writeable = False
+        return self._columns[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._types
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._types)
+
+    def __len__(self) -> int:
+        return len(self._types)
+
+
 class _Joined(Mapping[str, np.ndarray]):
     """The columns of several files with the same columns, one after another; each is kept when it is first asked for.
 
@@ -1011,14 +1153,14 @@ class _Joined(Mapping[str, np.ndarray]):
         shifts: Of columns that count something in each file, what is added to those of each.
     """
 
-    def __init__(self, files: Sequence[_File], shifts: Mapping[str, Sequence[int] | np.ndarray]) -> None:
+    def __init__(self, files: Sequence[_Stored], shifts: Mapping[str, Sequence[int] | np.ndarray]) -> None:
         self._files, self._shifts = files, shifts
         self._columns: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._columns:
             shifts = self._shifts.get(name)
-            columns = [file.read(name) for file in self._files]
+            columns = [np.asarray(file.read(name)) for file in self._files]
             if shifts is not None:
                 columns = [column + column.dtype.type(shift) for column, shift in zip(columns, shifts, strict=True)]
             self._columns[name] = np.concatenate(columns)
@@ -1036,21 +1178,22 @@ class _Joined(Mapping[str, np.ndarray]):
 
 
 Columns = Mapping[str, np.ndarray]
+_Stored = _File | _Encoded
 
 
-def _joined(files: Sequence[_File], shifts: Mapping[str, Sequence[int] | np.ndarray] | None = None) -> Columns:
+def _joined(files: Sequence[_Stored], shifts: Mapping[str, Sequence[int] | np.ndarray] | None = None) -> Columns:
     return files[0] if len(files) == 1 else _Joined(files, shifts or {})
 
 
-class _Rows(Mapping[str, np.ndarray]):
-    """Some rows of the columns of a table, each read when it is asked for, and kept by nobody."""
+class _Rows(Mapping[str, Any]):
+    """Some rows of the columns of a table, each read when it is asked for, and kept by nobody; shared ones stay so."""
 
     def __init__(self, table: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
         self._table, self._rows = table, rows
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        column = self._table.read(name) if isinstance(self._table, _File) else self._table[name]
-        return taken(column, self._rows)
+    def __getitem__(self, name: str) -> np.ndarray | SharedColumn:
+        column = self._table.read(name) if isinstance(self._table, _Stored) else self._table[name]
+        return column.of(self._rows) if isinstance(column, SharedColumn) else taken(column, self._rows)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._table)
@@ -1067,7 +1210,7 @@ class _Chosen(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         pairs = zip(self._tables, self._rows, strict=True)
-        return np.concatenate([_Rows(read(), rows)[name] for read, rows in pairs])
+        return np.concatenate([np.asarray(_Rows(read(), rows)[name]) for read, rows in pairs])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tables[0]())
@@ -1109,7 +1252,16 @@ def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
 
 def _write(path: Path, columns: dict[str, pa.Array], rows: int, compression: str = "zstd") -> None:
     columns = columns or {_NO_COLUMN: pa.array(np.zeros(rows, np.int8))}
-    pq.write_table(pa.table(columns), path, compression=compression, write_page_checksum=True)
+    # Places rise by little: differences are a few bits.
+    places = {name: "DELTA_BINARY_PACKED" for name in columns if name.endswith((_ROW, _EVENT, _COUNT))}
+    others = [name for name in columns if name not in places]
+    pq.write_table(
+        *(pa.table(columns), path),
+        compression=compression,
+        use_dictionary=others if places else True,
+        column_encoding=places or None,
+        write_page_checksum=True,
+    )
 
 
 def _flat(values: np.ndarray) -> pa.Array:

@@ -16,6 +16,7 @@ from keras import ops
 LARGE_TABLE = 8192
 # Of a table that is saved.
 BYTES_OF_A_PART = 2**22
+_PARTS_AT_A_TIME = 8
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")
@@ -174,7 +175,14 @@ class FieldEmbedding(keras_rs.layers.EmbedReduce):
 
     def load_own_variables(self, store) -> None:
         if self.quantization_mode is None and len(store.keys()) > 1:
-            store = {"0": np.concatenate([store[str(part)] for part in range(len(store.keys()))])}
+            # TensorFlow takes twice the memory of an array to read it; what it takes for small ones stays in its hands.
+            names = [str(part) for part in range(len(store.keys()))]
+            blocks = [
+                ops.convert_to_tensor(np.concatenate([store[name] for name in names[first : first + _PARTS_AT_A_TIME]]))
+                for first in range(0, len(names), _PARTS_AT_A_TIME)
+            ]
+            store = {"0": ops.concatenate(blocks)}
+            del blocks
         super().load_own_variables(store)
 
 

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +25,8 @@ from mvke_tf.models.shared_bottom import build_hard_sharing, build_shared_bottom
 from mvke_tf.models.stem import build_stem
 from mvke_tf.models.two_tower import TwoTowerModel, build_two_tower
 from mvke_tf.schema import Schema
+
+logger = logging.getLogger(__name__)
 
 MODELS: dict[str, Callable[[Schema, ModelConfig | None], TwoTowerModel]] = {
     "mvke": build_mvke,
@@ -115,6 +121,28 @@ def unread_settings(config: ModelConfig) -> list[str]:
     ]
 
 
+# From so many bytes on, a model is read from unpacked files: Keras would hold the whole file in memory.
+_LARGE = 2**25
+_MEMBERS = {"metadata.json", "config.json", "model.weights.h5"}
+
+
+def _loaded(path: Path) -> keras.Model:
+    with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as opened:
+        members, size = archive.infolist(), path.stat().st_size
+        # What is not compressed takes no more than the file.
+        is_plain = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        is_plain = is_plain and sum(member.file_size for member in members) <= size
+        if size >= _LARGE and is_plain and {member.filename for member in members} == _MEMBERS:
+            folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="mvke_tf-"))
+            try:
+                archive.extractall(folder)
+            except OSError as error:
+                logger.warning("%s is read in memory, because it cannot be unpacked in %s: %s", path, folder, error)
+            else:
+                return keras.saving.load_model(folder, compile=False)
+        return keras.saving.load_model(path, compile=False)
+
+
 def load_model(path: Path | str) -> TwoTowerModel:
     """A saved two-tower model, uncompiled.
 
@@ -128,7 +156,7 @@ def load_model(path: Path | str) -> TwoTowerModel:
     if not path.is_file():
         raise RunError(f"There is no model at {path}. Expected a file such as runs/<name>/best.keras")
     try:
-        model = keras.saving.load_model(path, compile=False)
+        model = _loaded(path)
     except (*CORRUPT_FILE_ERRORS, KeyError) as error:
         raise RunError(f"{path} is damaged ({error}). Train again.") from error
     if not isinstance(model, TwoTowerModel):

@@ -16,7 +16,7 @@ from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.preparation import prepare, prepared_dataset
 from mvke_tf.data.store import EntityTable, PreparedDataset
 from mvke_tf.errors import DataError
-from mvke_tf.io import on_disk, try_lock, write_array
+from mvke_tf.io import give_back, on_disk, try_lock, write_array
 from tests.data.test_preparation import shop
 from tests.small import SMALL, small_dataset, small_log, small_toml
 
@@ -190,6 +190,10 @@ def test_a_disk_without_room_for_an_array_is_an_error(tmp_path, monkeypatch):
     column = on_disk(tmp_path, 1000, np.int16)
     column[7] = 3
     assert column.sum() == 3 and len(column) == 1000 and type(column) is np.ndarray
+    # The file keeps what memory need not hold.
+    for some in (column, column[5:].reshape(5, -1), np.zeros(3), np.zeros(3)[1:]):
+        give_back(some)
+    assert column.sum() == 3 and column[7] == 3
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         on_disk(tmp_path, 1000, np.int16)

@@ -537,7 +537,7 @@ def test_overrides_prepare_anew():
     changed = small_prepared(**{"negatives": None})
     assert not changed.sampled.any()
     assert changed.digest != small_prepared().digest
-    assert store.FORMATS == (1, 2, 3)
+    assert store.FORMATS == (1, 2, 3, 4)
 
 
 def test_a_sample_has_some_of_the_interactions_and_all_entities():

@@ -113,6 +113,8 @@ def test_a_run_is_calibrated_and_its_predictions_are(tiny_run):
 
 
 def test_onnx_is_calibrated(tmp_path):
+    # A logit near 0 has a large relative error.
+    keras.utils.set_random_seed(0)
     features = (Feature("u", "user", 5), Feature("i", "item", 5))
     model = build_model("hard_sharing", Schema(features, (Task("click"), Task("stars", "regression"))))
     given = {"u": np.array([0, 1, 4], "int32"), "i": np.array([3, 2, 0], "int32")}

@@ -44,6 +44,7 @@ def test_large_tables_are_saved_in_parts_and_earlier_ones_are_read(tmp_path, mon
     whole.save(saved)
     assert parts(saved) == [(40, D)]
     monkeypatch.setattr("mvke_tf.layers.embedding.BYTES_OF_A_PART", 15 * 4 * D)
+    monkeypatch.setattr("mvke_tf.layers.embedding._PARTS_AT_A_TIME", 2)
     loaded = keras.saving.load_model(saved)
     np.testing.assert_array_equal(loaded.get_weights()[0], expected)
     loaded.save(saved)

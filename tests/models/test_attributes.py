@@ -2,7 +2,10 @@
 """What every two-tower model knows of itself, built, loaded, and as a part of its tasks."""
 
 import dataclasses
+import errno
+import tempfile
 import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -292,3 +295,42 @@ def test_files_that_are_no_two_tower_model(tmp_path):
     keras.Model(symbol, keras.layers.Dense(1)(symbol)).save(tmp_path / "other.keras")
     with pytest.raises(RunError, match=r"Expected a two-tower model.* Received: Functional in .*other.keras"):
         load_model(tmp_path / "other.keras")
+
+
+def test_a_large_model_is_read_from_unpacked_files(tmp_path, monkeypatch, caplog):
+    """All, some and none of the members as they are; on a full disk in memory, which is said."""
+    model, read = build("mvke"), []
+    model.save(tmp_path / "model.keras")
+    real = keras.saving.load_model
+    monkeypatch.setattr("mvke_tf.models._LARGE", 1)
+    monkeypatch.setattr(keras.saving, "load_model", lambda path, **options: read.append(path) or real(path, **options))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with zipfile.ZipFile(tmp_path / "model.keras") as file:
+        members = {name: file.read(name) for name in file.namelist()}
+
+    def written(name, compression, **changed):
+        with zipfile.ZipFile(tmp_path / name, "w", compression) as file:
+            for member, content in (members | changed).items():
+                file.writestr(member, content)
+        return tmp_path / name
+
+    more = written("more.keras", zipfile.ZIP_STORED, **{"assets/layer": "x"})
+    for path in (tmp_path / "model.keras", written("packed.keras", zipfile.ZIP_DEFLATED), more):
+        for loaded, own in zip(load_model(path).weights, model.weights, strict=True):
+            np.testing.assert_array_equal(loaded, own)
+    folder, *others = map(Path, read)
+    assert folder.parent == tmp_path and folder.name.startswith("mvke_tf-")
+    assert others == [tmp_path / "packed.keras", more]
+    damaged = (tmp_path / "model.keras").read_bytes()
+    place = damaged.index(members["model.weights.h5"][-100:])
+    (tmp_path / "damaged.keras").write_bytes(damaged[:place] + b"x" + damaged[place + 1 :])
+    with pytest.raises(RunError, match=r"damaged.keras is damaged \(Bad CRC-32 .*Train again"):
+        load_model(tmp_path / "damaged.keras")
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()] and not caplog.records
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
+    np.testing.assert_array_equal(load_model(tmp_path / "model.keras").weights[0], model.weights[0])
+    assert "is read in memory, because it cannot be unpacked in" in caplog.text and "No space left" in caplog.text

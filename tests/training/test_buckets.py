@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from mvke_tf.config import RunConfig
-from mvke_tf.data.batches import Shards
+from mvke_tf.data.batches import Shards, taken
 from mvke_tf.data.buckets import prepare_in_buckets
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.evaluation import evaluate_run
@@ -60,7 +60,7 @@ def test_shards_are_the_part(prepared):
         assert len(piece) == size
         np.testing.assert_array_equal(piece.item_rows, whole.item_rows[rows])
         for name, column in piece.users.items():
-            np.testing.assert_array_equal(column[piece.user_rows], whole.users[name][whole.user_rows[rows]])
+            np.testing.assert_array_equal(taken(column, piece.user_rows), whole.users[name][whole.user_rows[rows]])
             assert len(column) == len(np.unique(whole.user_rows[rows]))
         for task, label in piece.labels.items():
             np.testing.assert_array_equal(label, whole.labels[task][rows])

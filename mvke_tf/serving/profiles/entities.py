@@ -15,7 +15,7 @@ from mvke_tf.config import nearest
 from mvke_tf.data.groups import Grouping, groups
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError
-from mvke_tf.io import on_disk
+from mvke_tf.io import give_back, on_disk
 
 BY_ITEM = "item"
 
@@ -127,6 +127,12 @@ class Users:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def give_back(self) -> None:
+        """Of a table on disk, lets the system have the memory of what has been read."""
+        for column in self.table.values():
+            give_back(column)
+            return
+
     def part(self, rows: slice) -> Users:
         """Some consecutive users."""
         start, stop = np.searchsorted(self.seen[:, 0], [rows.start, rows.stop])
@@ -192,6 +198,7 @@ def _gathered(prepared: PreparedDataset, rows: np.ndarray, folder: Path) -> dict
             records[name] = column[here >= 0]
         # In one go, or every column would touch all pages.
         table[here[here >= 0]] = records
+        give_back(table)
     return {} if table is None else {name: table[name] for name in table.dtype.names or ()}
 
 

@@ -167,6 +167,7 @@ class Profiler:
                 task: [np.concatenate(parts) for parts in zip(*(step[task] for step in steps), strict=True)]
                 for task in self.tasks
             }
+            users.give_back()
             ids = users.ids[block]
             if grouping is None:
                 yield {task: self._item_frame(task, ids, *results[task]) for task in self.tasks}
