@@ -31,7 +31,7 @@ from mvke_tf.data.tables import fingerprint
 from mvke_tf.errors import DataError, RunError
 from mvke_tf.io import CORRUPT_FILE_ERRORS, atomic_write, read_arrays, read_json, write_json
 from mvke_tf.layers import LogitMap
-from mvke_tf.models import TwoTowerModel, load_model
+from mvke_tf.models import TwoTowerModel, load_model, save_model
 from mvke_tf.run_folder import History, RunFolder, quoted, resume_command
 
 LOGGER = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ class Run(RunFolder):
     def save_checkpoint(self, model: keras.Model) -> None:
         """Makes `model` the best checkpoint."""
         with atomic_write(self.checkpoint) as temporary:
-            model.save(temporary)
+            save_model(model, temporary)
 
     def save_state(self, model: keras.Model, history: History, progress: Progress | None = None) -> None:
         """Keeps everything that resuming needs in one file: variables, optimizer, seeds and history.

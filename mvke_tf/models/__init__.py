@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import keras
 
 from mvke_tf.config import ModelConfig, nearest
 from mvke_tf.errors import ConfigError, RunError
-from mvke_tf.io import CORRUPT_FILE_ERRORS
+from mvke_tf.io import CORRUPT_FILE_ERRORS, on_disk
 from mvke_tf.models.chains import build_aitm, build_resflow
 from mvke_tf.models.dense_mmoe import DenseMMoE, build_mmoe, build_mmoe_recommender
 from mvke_tf.models.mmoe import build_mmoe_two_tower
@@ -79,6 +81,7 @@ __all__ = [
     "build_two_tower",
     "check_model",
     "load_model",
+    "save_model",
     "unread_settings",
     "with_uncertainty",
 ]
@@ -121,9 +124,32 @@ def unread_settings(config: ModelConfig) -> list[str]:
     ]
 
 
-# From so many bytes on, a model is read from unpacked files: Keras would hold the whole file in memory.
-_LARGE = 2**25
-_MEMBERS = {"metadata.json", "config.json", "model.weights.h5"}
+# From so many bytes on, a model is written to and read from files that are not packed: Keras would hold the whole file
+# in memory. A file of weights has so much more than the weights, at most.
+_LARGE, _REST = 2**25, 2**24
+_MEMBERS = ("metadata.json", "config.json", "model.weights.h5")
+
+
+def save_model(model: keras.Model, path: Path) -> None:
+    """Writes a model to a `.keras` file, as `model.save` does, beside which there may be a folder meanwhile."""
+    size = sum(4 * math.prod(variable.shape) for variable in model.variables)
+    if size >= _LARGE:
+        try:
+            # HDF5 ends the process where the disk is full.
+            on_disk(path.parent, 2 * (size + _REST), "int8")
+        except OSError as error:
+            logger.warning("%s is made in memory, because it cannot be made on the disk: %s", path.name, error)
+        else:
+            folder = path.with_suffix(".unpacked")
+            model.save(folder, zipped=False)
+            with zipfile.ZipFile(path, "w") as archive:
+                for name in _MEMBERS:
+                    member = zipfile.ZipInfo(name)
+                    with open(folder / name, "rb") as file, archive.open(member, "w", force_zip64=True) as packed:
+                        shutil.copyfileobj(file, packed, 2**20)
+            shutil.rmtree(folder)
+            return
+    model.save(path)
 
 
 def _loaded(path: Path) -> keras.Model:
@@ -132,7 +158,7 @@ def _loaded(path: Path) -> keras.Model:
         # What is not compressed takes no more than the file.
         is_plain = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         is_plain = is_plain and sum(member.file_size for member in members) <= size
-        if size >= _LARGE and is_plain and {member.filename for member in members} == _MEMBERS:
+        if size >= _LARGE and is_plain and sorted(member.filename for member in members) == sorted(_MEMBERS):
             folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="mvke_tf-"))
             try:
                 archive.extractall(folder)

@@ -3,6 +3,8 @@
 
 import dataclasses
 import errno
+import os
+import re
 import tempfile
 import zipfile
 from pathlib import Path
@@ -15,7 +17,7 @@ from keras import ops
 from mvke_tf.errors import ConfigError, RunError
 from mvke_tf.layers import GatedTag, MixExperts, SelectExperts
 from mvke_tf.losses import task_losses
-from mvke_tf.models import MODELS, TwoTowerModel, build_model, build_two_tower, load_model, with_uncertainty
+from mvke_tf.models import MODELS, TwoTowerModel, build_model, build_two_tower, load_model, save_model, with_uncertainty
 from mvke_tf.schema import Task
 from tests.layer_checks import assert_close
 from tests.models.problems import (
@@ -297,16 +299,21 @@ def test_files_that_are_no_two_tower_model(tmp_path):
         load_model(tmp_path / "other.keras")
 
 
-def test_a_large_model_is_read_from_unpacked_files(tmp_path, monkeypatch, caplog):
-    """All, some and none of the members as they are; on a full disk in memory, which is said."""
-    model, read = build("mvke"), []
-    model.save(tmp_path / "model.keras")
-    real = keras.saving.load_model
+def test_a_large_model_is_written_and_read_unpacked(tmp_path, monkeypatch, caplog):
+    """What Keras would write and read in memory; on a full disk it does, which is said."""
+    model, kept = build("mvke"), tmp_path / "kept"
+    kept.mkdir()
+    model.save(tmp_path / "keras.keras")
     monkeypatch.setattr("mvke_tf.models._LARGE", 1)
-    monkeypatch.setattr(keras.saving, "load_model", lambda path, **options: read.append(path) or real(path, **options))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with zipfile.ZipFile(tmp_path / "model.keras") as file:
+    save_model(model, kept / "large.keras")
+    assert [path.name for path in kept.iterdir()] == ["large.keras"]
+    with zipfile.ZipFile(tmp_path / "keras.keras") as file, zipfile.ZipFile(kept / "large.keras") as other:
         members = {name: file.read(name) for name in file.namelist()}
+        assert other.namelist() == file.namelist() and other.read("config.json") == members["config.json"]
+        assert all(member.date_time[0] == 1980 for member in other.infolist())
+    real, read = keras.saving.load_model, []
+    monkeypatch.setattr(keras.saving, "load_model", lambda path, **options: read.append(path) or real(path, **options))
 
     def written(name, compression, **changed):
         with zipfile.ZipFile(tmp_path / name, "w", compression) as file:
@@ -314,23 +321,33 @@ def test_a_large_model_is_read_from_unpacked_files(tmp_path, monkeypatch, caplog
                 file.writestr(member, content)
         return tmp_path / name
 
-    more = written("more.keras", zipfile.ZIP_STORED, **{"assets/layer": "x"})
-    for path in (tmp_path / "model.keras", written("packed.keras", zipfile.ZIP_DEFLATED), more):
-        for loaded, own in zip(load_model(path).weights, model.weights, strict=True):
-            np.testing.assert_array_equal(loaded, own)
-    folder, *others = map(Path, read)
-    assert folder.parent == tmp_path and folder.name.startswith("mvke_tf-")
-    assert others == [tmp_path / "packed.keras", more]
-    damaged = (tmp_path / "model.keras").read_bytes()
+    def assert_loads(*paths):
+        for path in paths:
+            for loaded, own in zip(load_model(path).weights, model.weights, strict=True):
+                np.testing.assert_array_equal(loaded, own)
+
+    # All members as they are; packed ones, and others, are for Keras.
+    as_they_are = tmp_path / "keras.keras", kept / "large.keras"
+    others = [
+        written("packed.keras", zipfile.ZIP_DEFLATED),
+        written("more.keras", zipfile.ZIP_STORED, **{"assets/layer": "x"}),
+    ]
+    assert_loads(*as_they_are, *others)
+    assert read[2:] == others and {Path(path).parent for path in read[:2]} == {tmp_path}
+    damaged = (tmp_path / "keras.keras").read_bytes()
     place = damaged.index(members["model.weights.h5"][-100:])
     (tmp_path / "damaged.keras").write_bytes(damaged[:place] + b"x" + damaged[place + 1 :])
     with pytest.raises(RunError, match=r"damaged.keras is damaged \(Bad CRC-32 .*Train again"):
         load_model(tmp_path / "damaged.keras")
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()] and not caplog.records
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [kept] and not caplog.records
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
-    np.testing.assert_array_equal(load_model(tmp_path / "model.keras").weights[0], model.weights[0])
-    assert "is read in memory, because it cannot be unpacked in" in caplog.text and "No space left" in caplog.text
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    save_model(model, kept / "full.keras")
+    assert_loads(kept / "full.keras")
+    written_in, read_in = (record.getMessage() for record in caplog.records)
+    assert re.match(r"full.keras is made in memory, because it cannot be made on the disk: .*No space left", written_in)
+    assert re.match(r".*full.keras is read in memory, because it cannot be unpacked in .*No space left", read_in)
