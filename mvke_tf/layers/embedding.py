@@ -16,7 +16,6 @@ from keras import ops
 LARGE_TABLE = 8192
 # Of a table that is saved.
 BYTES_OF_A_PART = 2**22
-_PARTS_AT_A_TIME = 8
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")
@@ -174,16 +173,21 @@ class FieldEmbedding(keras_rs.layers.EmbedReduce):
             store[str(part)] = own["0"][start : start + rows]
 
     def load_own_variables(self, store) -> None:
-        if self.quantization_mode is None and len(store.keys()) > 1:
-            # TensorFlow takes twice the memory of an array to read it; what it takes for small ones stays in its hands.
-            names = [str(part) for part in range(len(store.keys()))]
-            blocks = [
-                ops.convert_to_tensor(np.concatenate([store[name] for name in names[first : first + _PARTS_AT_A_TIME]]))
-                for first in range(0, len(names), _PARTS_AT_A_TIME)
-            ]
-            store = {"0": ops.concatenate(blocks)}
-            del blocks
-        super().load_own_variables(store)
+        if self.quantization_mode is not None or len(store.keys()) == 1:
+            super().load_own_variables(store)
+            return
+        parts = (store[str(number)] for number in range(len(store.keys())))
+        table: Any = getattr(getattr(self, "_embeddings", None), "value", None)
+        if self.lora_enabled or not hasattr(table, "assign"):
+            super().load_own_variables({"0": np.concatenate(list(parts))})
+            return
+        # TensorFlow writes them into the variable, where a whole table would be three more of its size meanwhile.
+        start = 0
+        for part in parts:
+            table[start : start + len(part)].assign(part)
+            start += len(part)
+        if start != self.input_dim:
+            raise ValueError(f"{self.name}: expected a table of {self.input_dim} rows. Received: {start}")
 
 
 @keras.saving.register_keras_serializable(package="mvke_tf")

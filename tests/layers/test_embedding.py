@@ -44,7 +44,6 @@ def test_large_tables_are_saved_in_parts_and_earlier_ones_are_read(tmp_path, mon
     whole.save(saved)
     assert parts(saved) == [(40, D)]
     monkeypatch.setattr("mvke_tf.layers.embedding.BYTES_OF_A_PART", 15 * 4 * D)
-    monkeypatch.setattr("mvke_tf.layers.embedding._PARTS_AT_A_TIME", 2)
     loaded = keras.saving.load_model(saved)
     np.testing.assert_array_equal(loaded.get_weights()[0], expected)
     loaded.save(saved)
@@ -52,6 +51,13 @@ def test_large_tables_are_saved_in_parts_and_earlier_ones_are_read(tmp_path, mon
     for again in (keras.saving.load_model(saved), model()):
         again.load_weights(saved)
         np.testing.assert_array_equal(again.get_weights()[0], expected)
+    with h5py.File(tmp_path / "other.weights.h5", "w") as other, zipfile.ZipFile(saved) as file:
+        with h5py.File(io.BytesIO(file.read("model.weights.h5"))) as weights:
+            for name in weights:
+                weights.copy(weights[name], other)
+        del other["layers/field_embedding/vars/2"]
+    with pytest.raises(ValueError, match=r"expected a table of 40 rows\. Received: 30|shape"):
+        model().load_weights(tmp_path / "other.weights.h5")
     adapted = model()
     adapted.layers[1].enable_lora(2)
     adapted.load_weights(saved)
