@@ -38,14 +38,14 @@ class Rates:
     """
 
     log: float = 21
-    prepared: float = 33
-    prepare: float = 27e-6
+    prepared: float = 34
+    prepare: float = 25e-6
     alone: float = 0.13
-    base: float = 0.72e9
-    held: float = 5.4
-    train: float = 42e-6
-    read: float = 1 / 670_000
-    profile: float = 0.4e-3
+    base: float = 0.71e9
+    held: float = 3.7
+    train: float = 37e-6
+    read: float = 1 / 840_000
+    profile: float = 0.3e-3
     users: float = 1 / 40
     ids: float = 0.105
 

@@ -48,16 +48,22 @@ class SharedColumn:
         return self.values.take(np.where(slots < self.count.take(rows)[:, None], position[:, None] - slots, 0))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("The rows of a `SharedColumn` are gathered: there is no array without a copy.")
         return np.asarray(self.take(np.arange(len(self))), dtype)
 
     @property
     def problem(self) -> str | None:
         """What is wrong where it does not fit together."""
-        lowest = self.position if self.count is None else self.position - np.maximum(self.count - 1, 0)
-        if len(self) and not 0 <= lowest.min() <= self.position.max() < len(self.values):
+        if self.count is not None:
+            if not len(self.values) or self.values[:1].view(np.int32)[0]:
+                return "expected 0 as the first event"
+            if len(self) and not 0 <= self.count.min() <= self.count.max() <= self.width:
+                return f"expected from 0 to {self.width} filled slots"
+        # In 64 bits, in which no difference overflows.
+        first = self.position.astype(np.int64) - (0 if self.count is None else np.maximum(self.count - 1, 0))
+        if len(self) and not 0 <= first.min() <= self.position.max() < len(self.values):
             return f"expected positions from 0 to {len(self.values) - 1}"
-        if self.count is not None and len(self) and not 0 <= self.count.min() <= self.count.max() <= self.width:
-            return f"expected from 0 to {self.width} filled slots"
         return None
 
 
@@ -121,10 +127,14 @@ def _shared_events(values: np.ndarray, weights: np.ndarray) -> tuple[SharedColum
     added = count.copy()
     unknown = np.arange(1, len(both))
     for number in range(width):
-        moved = (both[unknown, number:] == both[unknown - 1, : width - number]).all(axis=2)
-        is_moved = (moved | is_empty[unknown, number:]).all(axis=1) & (count[unknown] >= number)
-        added[unknown[is_moved]] = number
-        unknown = unknown[~is_moved]
+        # Few have its first event there, and are looked at in full.
+        first = (both[unknown, number] == both[unknown - 1, 0]).all(axis=1)
+        some = np.flatnonzero((count[unknown] == number) | (first & (count[unknown] > number)))
+        rows = unknown[some]
+        moved = (both[rows, number:] == both[rows - 1, : width - number]).all(axis=2)
+        is_moved = (moved | is_empty[rows, number:]).all(axis=1)
+        added[rows[is_moved]] = number
+        unknown = np.delete(unknown, some[is_moved])
     end = 1 + np.cumsum(added)
     row = np.repeat(np.arange(len(both)), added)
     slot = np.arange(len(row)) - np.repeat(end - 1 - added, added)

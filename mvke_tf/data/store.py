@@ -41,8 +41,11 @@ IN_A_BUCKET = ("users", "latest_users", "interactions")
 FILES = ("keys", "encoded", "raw")
 # Of encoded columns of user states in buckets: what their rows share.
 SHARED = "shared.parquet"
-# Ends of the names of their places.
+# Ends of the names of their places; what the file of their values has, each of at most so many bytes: Parquet stores no
+# value of 2 GiB.
 _ROW, _EVENT, _COUNT = ":row", ":event", ":count"
+_VALUES = pa.schema([("column", pa.string()), ("values", pa.large_binary())])
+_MOST_SHARED = 2**30
 INTERACTIONS = "interactions.parquet"
 SIDES = {"users": "user", "items": "item", "latest_users": "user"}
 # Encoded user states and interactions of buckets that training holds, and shuffles, together; an interaction takes so
@@ -425,14 +428,18 @@ class PreparedDataset:
             states, rows = np.unique(data.user_rows, return_inverse=True)
             return dataclasses.replace(data, users=_Rows(data.users, states), user_rows=rows.astype(np.int32))
 
-        most = max((self.bucket(number)._bytes_to_train for number in filled), default=1)
+        most = max((_bytes_to_train(self.bucket(number), self._dense_together()) for number in filled), default=1)
         return Shards([sizes[number] for number in filled], read, max(1, WINDOW_BYTES // most))
 
-    @property
-    def _bytes_to_train(self) -> int:
-        """What encoded user states and interactions take in memory; of data in one bucket."""
-        states = self.users.encoded
-        return INTERACTION_BYTES * len(self) + sum(states.size(name) for name in states)  # type: ignore[attr-defined]
+    def _dense_together(self) -> set[str]:
+        """Columns of user states that are shared in other forms in other buckets: together they are arrays."""
+        forms: dict[str, set[int]] = {}
+        for bucket in self.buckets():
+            states = bucket.users.encoded
+            if isinstance(states, _Encoded):
+                for name in states:
+                    forms.setdefault(name, set()).add(states.form(name))
+        return {name for name, found in forms.items() if len(found) > 1}
 
     def alone(self, part: str) -> PreparedDataset:
         """Of data in buckets, the interactions of one part and the user states in them, without buckets; else itself.
@@ -636,6 +643,14 @@ class PreparedDataset:
         return part(places, [functools.partial(part, [place]) for place in places])
 
 
+def _bytes_to_train(bucket: PreparedDataset, dense: Container[str]) -> int:
+    """What encoded user states and interactions of a bucket take in memory, some columns as arrays."""
+    states, interactions = bucket.users.encoded, INTERACTION_BYTES * len(bucket)
+    if isinstance(states, _Encoded):
+        return interactions + sum(states.size(name, name in dense) for name in states)
+    return interactions + sum(states.size(name) for name in states)  # type: ignore[attr-defined]
+
+
 def interaction_columns(
     dataset: Dataset,
     user_row: np.ndarray,
@@ -704,6 +719,7 @@ def write_shared(folder: Path, states: EntityTable) -> None:
     """
     encoded: dict[str, pa.Array] = {}
     values: dict[str, np.ndarray] = {}
+    places: list[str] = []
     for name, column in states.encoded.items():
         of_list = name + WEIGHTS_SUFFIX
         if column.ndim == 1:
@@ -711,20 +727,21 @@ def write_shared(folder: Path, states: EntityTable) -> None:
         elif name not in values and name not in encoded:
             names = [name, of_list] if of_list in states.encoded else [name]
             columns = shared(*(states.encoded[one] for one in names))
-            if columns is None:
+            if columns is None or any(form.values.nbytes > _MOST_SHARED for form in columns):
                 encoded |= {one: _packed(states.encoded[one]) for one in names}
                 continue
             for one, form in zip(names, columns, strict=True):
                 values[one] = form.values
                 if form.count is None:
-                    encoded[one + _ROW] = pa.array(form.position)
+                    found = {one + _ROW: form.position}
                 else:
-                    encoded |= {name + _EVENT: pa.array(form.position), name + _COUNT: pa.array(form.count)}
-    _write(folder / "encoded.parquet", encoded, len(states), "lz4")
+                    found = {name + _EVENT: form.position, name + _COUNT: form.count}
+                encoded |= {place: pa.array(numbers) for place, numbers in found.items()}
+                places += found
+    _write(folder / "encoded.parquet", encoded, len(states), "lz4", places)
     content = [np.ascontiguousarray(column, column.dtype.newbyteorder("<")).tobytes() for column in values.values()]
-    table = pa.table({"column": pa.array(list(values), pa.string()), "values": pa.array(content, pa.large_binary())})
     pq.write_table(
-        table,
+        pa.table([pa.array(list(values), pa.string()), pa.array(content, pa.large_binary())], _VALUES),
         folder / SHARED,
         row_group_size=1,
         compression="lz4",
@@ -1001,8 +1018,7 @@ class _File(Mapping[str, np.ndarray]):
 
     def size(self, name: str) -> int:
         """Bytes that a column takes in memory, of 32 bits or lists of them."""
-        kind = self._types[name]
-        return 4 * self._rows * (kind.list_size if pa.types.is_fixed_size_list(kind) else 1)
+        return _bytes_of(self._types[name], self._rows)
 
     def _damaged(self, what: object) -> DataError:
         return DataError(f"{self._path} is damaged: {' '.join(str(what).split())}. {REMEDY}")
@@ -1076,6 +1092,8 @@ class _Encoded(Mapping[str, np.ndarray]):
 
     def _places(self, name: str, stored: Container[str]) -> tuple[str, ...]:
         """The columns that have the places of the values of a column; none where it is there itself."""
+        if not pa.types.is_fixed_size_list(self._types[name]):
+            return ()
         events = name.removesuffix(WEIGHTS_SUFFIX)
         kinds = ((), (name + _ROW,), (events + _EVENT, events + _COUNT))
         return next((kind for kind in kinds if all(one in stored for one in kind or (name,))), ())
@@ -1090,9 +1108,16 @@ class _Encoded(Mapping[str, np.ndarray]):
     def _groups(self) -> dict[str, tuple[int, int]]:
         """Of each column with places, the row group of its values and their bytes."""
         with self._reading() as file:
+            if not file.schema_arrow.equals(_VALUES) or file.num_row_groups != file.metadata.num_rows:
+                raise ValueError(f"expected columns {_VALUES.names}, and a row group for each row")
             names = file.read(columns=["column"], use_threads=False).column("column").to_pylist()
             sizes = [file.metadata.row_group(group).column(1).total_uncompressed_size for group in range(len(names))]
         return {name: (group, size) for group, (name, size) in enumerate(zip(names, sizes, strict=True))}
+
+    def _group(self, name: str) -> tuple[int, int]:
+        if name not in self._groups:
+            raise self._damaged(f"no values of column {name!r}")
+        return self._groups[name]
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[pq.ParquetFile]:
@@ -1113,21 +1138,28 @@ class _Encoded(Mapping[str, np.ndarray]):
         kind, is_row = self._types[name], len(places) == 1
         dtype = np.dtype(kind.value_type.to_pandas_dtype())
         position, *count = (self._file.read(one) for one in places)
-        groups = self._groups
+        group, _ = self._group(name)
         with self._reading() as file:
-            group, _ = groups[name]
             content = file.read_row_group(group, columns=["values"], use_threads=False).column(0)[0].as_buffer()
+            if content is None:
+                raise ValueError(f"column {name!r} has no values")
             values = np.frombuffer(content, dtype.newbyteorder("<")).astype(dtype, copy=False)
             values = values.reshape(-1, kind.list_size) if is_row else values
         column = SharedColumn(values, position, count[0] if count else None, kind.list_size)
         if problem := column.problem:
-            raise self._damaged(f"column {name!r}: {problem}")
+            raise self._damaged(f"column {name!r}, or its places beside it: {problem}")
         return column
 
-    def size(self, name: str) -> int:
-        """Bytes that a column takes in memory."""
+    def form(self, name: str) -> int:
+        """In which form a column is: how many columns have its places."""
+        return len(self._places(name, self._file))
+
+    def size(self, name: str, dense: bool = False) -> int:
+        """Bytes that a column takes in memory, as it is or as an array."""
         places = self._places(name, self._file)
-        return sum(map(self._file.size, places)) + self._groups[name][1] if places else self._file.size(name)
+        if dense or not places:
+            return _bytes_of(self._types[name], self._rows)
+        return sum(map(self._file.size, places)) + self._group(name)[1]
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._columns:
@@ -1231,6 +1263,11 @@ class _ShapeError(Exception):
     """A stored list that is longer than it may be."""
 
 
+def _bytes_of(kind: pa.DataType, rows: int) -> int:
+    """Bytes of a column of 32 bits, or lists of them, in memory."""
+    return 4 * rows * (kind.list_size if pa.types.is_fixed_size_list(kind) else 1)
+
+
 # The only column of a file that has none, of a side without raw features: rows need a column.
 _NO_COLUMN = "__none__"
 
@@ -1250,16 +1287,16 @@ def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
     return found == expected
 
 
-def _write(path: Path, columns: dict[str, pa.Array], rows: int, compression: str = "zstd") -> None:
+def _write(
+    path: Path, columns: dict[str, pa.Array], rows: int, compression: str = "zstd", rising: Sequence[str] = ()
+) -> None:
+    """Writes columns into a file; of those that rise by little, whole numbers, differences of a few bits."""
     columns = columns or {_NO_COLUMN: pa.array(np.zeros(rows, np.int8))}
-    # Places rise by little: differences are a few bits.
-    places = {name: "DELTA_BINARY_PACKED" for name in columns if name.endswith((_ROW, _EVENT, _COUNT))}
-    others = [name for name in columns if name not in places]
     pq.write_table(
         *(pa.table(columns), path),
         compression=compression,
-        use_dictionary=others if places else True,
-        column_encoding=places or None,
+        use_dictionary=[name for name in columns if name not in rising] if rising else True,
+        column_encoding=dict.fromkeys(rising, "DELTA_BINARY_PACKED") or None,
         write_page_checksum=True,
     )
 

@@ -184,8 +184,11 @@ class FieldEmbedding(keras_rs.layers.EmbedReduce):
         # TensorFlow writes them into the variable, where a whole table would be three more of its size meanwhile.
         start = 0
         for part in parts:
-            table[start : start + len(part)].assign(part)
-            start += len(part)
+            end = start + len(part)
+            if part.shape[1:] != table.shape[1:] or end > self.input_dim:
+                raise ValueError(f"{self.name}: expected {table.shape}. Received: rows to {end} of {part.shape[1:]}")
+            table[start:end].assign(part)
+            start = end
         if start != self.input_dim:
             raise ValueError(f"{self.name}: expected a table of {self.input_dim} rows. Received: {start}")
 

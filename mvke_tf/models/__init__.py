@@ -153,20 +153,21 @@ def save_model(model: keras.Model, path: Path) -> None:
 
 
 def _loaded(path: Path) -> keras.Model:
-    with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as opened:
+    with zipfile.ZipFile(path) as archive:
         members, size = archive.infolist(), path.stat().st_size
         # What is not compressed takes no more than the file.
         is_plain = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         is_plain = is_plain and sum(member.file_size for member in members) <= size
         if size >= _LARGE and is_plain and sorted(member.filename for member in members) == sorted(_MEMBERS):
-            folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="mvke_tf-"))
-            try:
-                archive.extractall(folder)
-            except OSError as error:
-                logger.warning("%s is read in memory, because it cannot be unpacked in %s: %s", path, folder, error)
-            else:
-                return keras.saving.load_model(folder, compile=False)
-        return keras.saving.load_model(path, compile=False)
+            with contextlib.ExitStack() as opened:
+                try:
+                    folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="mvke_tf-"))
+                    archive.extractall(folder)
+                except OSError as error:
+                    logger.warning("%s is read in memory, because it cannot be unpacked on the disk: %s", path, error)
+                else:
+                    return keras.saving.load_model(folder, compile=False)
+    return keras.saving.load_model(path, compile=False)
 
 
 def load_model(path: Path | str) -> TwoTowerModel:

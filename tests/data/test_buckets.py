@@ -194,6 +194,13 @@ def test_a_disk_without_room_for_an_array_is_an_error(tmp_path, monkeypatch):
     for some in (column, column[5:].reshape(5, -1), np.zeros(3), np.zeros(3)[1:]):
         give_back(some)
     assert column.sum() == 3 and column[7] == 3
+    np.save(tmp_path / "kept.npy", np.zeros(3))
+    changed = np.load(tmp_path / "kept.npy", mmap_mode="c")
+    changed[1] = 7
+    give_back(changed[1:])
+    assert changed[1] == 7
+    del changed
+    (tmp_path / "kept.npy").unlink()
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         on_disk(tmp_path, 1000, np.int16)

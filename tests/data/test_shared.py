@@ -130,12 +130,19 @@ def test_what_does_not_fit_together():
     assert "positions from 0 to 4" in SharedColumn(values, position + 1, np.array([1, 1], np.int32), 4).problem
     assert "from 0 to 2 filled" in SharedColumn(values, position, np.array([1, 3], np.int32), 2).problem
     assert "positions" in SharedColumn(np.zeros((4, 2)), position, None, 2).problem
+    # A difference that 32 bits cannot hold, and events whose first is that of empty slots, and is not 0.
+    lowest = np.array([-(2**31), 1], np.int32)
+    assert "positions" in SharedColumn(values, lowest, np.array([2, 1], np.int32), 4).problem
+    for wrong in (values + 1, values[:0]):
+        assert "0 as the first" in SharedColumn(wrong, position, np.array([1, 1], np.int32), 4).problem
+    with pytest.raises(ValueError, match="no array without a copy"):
+        np.array(SharedColumn(values, position, np.array([1, 1], np.int32), 4), copy=False)
 
 
 # In files
 
 
-def watched() -> Dataset:
+def watched(task: str = "click") -> Dataset:
     """A log in which every row is an event, and profiles stay."""
     random = np.random.default_rng(0)
     rows, users = 1200, 12
@@ -166,7 +173,7 @@ def watched() -> Dataset:
             },
             "item": {"tower": "item", "encode": "vocabulary"},
         },
-        "tasks": {"click": {"label": "click"}},
+        "tasks": {task: {"label": "click"}},
     }
     return Dataset.from_frame(log, declared, users=pl.DataFrame({"user": np.arange(users), "words": words}))
 
@@ -231,6 +238,39 @@ def test_what_was_prepared_by_an_earlier_version_is_read(folder, tmp_path, monke
     assert not isinstance(old.shards("train").read(0).users["seen"], SharedColumn)
 
 
+@pytest.mark.parametrize("task", ["count", "event", "row"])
+def test_tasks_may_be_called_like_the_places(tmp_path, task):
+    """Their labels are columns that end in the name."""
+    prepare_in_buckets(watched(task), tmp_path / "prepared", "contents", 3)
+    bucket = PreparedDataset.load(tmp_path / "prepared").bucket(0)
+    assert set(bucket.label(task).tolist()) == {0.0, 1.0}
+    prepare(watched(task)).save(tmp_path / "whole")
+    assert len(PreparedDataset.load(tmp_path / "whole")) == 1200
+
+
+def test_a_window_is_as_small_as_its_columns_are_together(folder, tmp_path, monkeypatch):
+    """Where one bucket has a column in another form, together they are an array."""
+    real, calls = store.shared, []
+
+    def other(values, weights=None):
+        calls.append(1)
+        return None if len(calls) == 2 else real(values, weights)
+
+    monkeypatch.setattr(store, "shared", other)
+    prepare_in_buckets(watched(), tmp_path / "mixed", "contents", 3)
+    alike, mixed = PreparedDataset.load(folder), PreparedDataset.load(tmp_path / "mixed")
+    assert not isinstance(mixed.shards("train").read(0).users["seen"], SharedColumn)
+    assert alike._dense_together() == set() and mixed._dense_together() == {"seen", "seen_weights"}
+    bucket = mixed.bucket(1)
+    sizes = [store._bytes_to_train(bucket, dense) for dense in (set(), {"seen", "seen_weights"})]
+    # Two columns of 9 slots in place of an event and a count for each state, and an event.
+    assert sizes[1] - sizes[0] == pytest.approx((2 * 9 - 2 * 2 - 2) * 4 * len(bucket.users), rel=0.02)
+    assert sizes[0] == pytest.approx(64 * len(bucket) + 4 * len(bucket.users) * (1 + 2 + 2 * 2 + 2 + 20), rel=0.2)
+    largest = max(store._bytes_to_train(bucket, {"seen", "seen_weights"}) for bucket in mixed.buckets())
+    monkeypatch.setattr(store, "WINDOW_BYTES", 2 * largest - 1)
+    assert (mixed.shards("train").per_window, alike.shards("train").per_window) == (1, 2)
+
+
 def damaged(folder, tmp_path, change):
     """A copy of the prepared folder with another `shared.parquet` in its first bucket, and a manifest that knows it."""
     copy = tmp_path / "copy"
@@ -247,7 +287,10 @@ def damaged(folder, tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values: values[:-40], r"column 'seen': expected positions from 0 to \d+\. Delete the folder"),
+        (
+            lambda values: values[:-40],
+            r"column 'seen', or its places beside it: expected positions from 0 to \d+\. Delete",
+        ),
         (lambda values: values[:-3], "buffer size must be a multiple"),
     ],
 )
@@ -264,10 +307,48 @@ def test_damaged_values(folder, tmp_path, change, message):
     assert len(bucket.users.encoded["seen_weights"]) == len(bucket.users)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda names, _: pa.table({"column": names, "values": pa.array([1] * len(names))}), "expected columns"),
+        (lambda names, _: pa.table({"column": [[name] for name in names], "values": names}), "expected columns"),
+        (lambda names, _: store._VALUES.empty_table(), "expected columns|no values of column 'words'"),
+        (
+            lambda names, values: pa.table(
+                [pa.array(names), pa.array([None, *values[1:]], pa.large_binary())], schema=store._VALUES
+            ),
+            "column 'words' has no values",
+        ),
+    ],
+)
+def test_other_values(folder, tmp_path, change, message):
+    bucket = damaged(
+        folder, tmp_path, lambda table: change(*(table[name].to_pylist() for name in ("column", "values")))
+    )
+    with pytest.raises(DataError, match=rf"shared\.parquet is damaged: .*({message}).*Delete the folder"):
+        bucket.users.encoded["words"]
+
+
+def test_places_are_those_of_lists(folder, tmp_path):
+    copy = tmp_path / "copy"
+    buckets.shutil.copytree(folder, copy)
+    path = copy / "bucket-0000" / "users" / "encoded.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.rename_columns(["user:row", *table.column_names[1:]]), path)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["bucket-0000/users/encoded.parquet"] = store._stamp(path)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"encoded\.parquet is damaged: columns .*'user:row'.* instead of .*'user'"):
+        PreparedDataset.load(copy)
+
+
 def test_missing_values(folder, tmp_path):
     bucket = damaged(folder, tmp_path, lambda table: table.filter(pa.compute.field("column") != "words"))
-    with pytest.raises(DataError, match=r"shared\.parquet is damaged: 'words'\. Delete the folder"):
-        bucket.users.encoded["words"]
+    for read in (bucket.users.encoded.__getitem__, bucket.users.encoded.size):
+        with pytest.raises(
+            DataError, match=r"shared\.parquet is damaged: no values of column 'words'\. Delete the folder"
+        ):
+            read("words")
     (tmp_path / "copy" / "bucket-0000" / "users" / "shared.parquet").unlink()
     with pytest.raises(DataError, match=r"users/shared\.parquet is missing"):
         PreparedDataset.load(tmp_path / "copy")

@@ -108,9 +108,15 @@ def profile_run(
         scoring = _Scoring(run.folder.absolute(), candidates, profiler.tasks, kept, options, formats)
         read = {name: chosen.table[name] for name in profiler.model.user_tower.input}
         chosen = dataclasses.replace(chosen, table=read)
-        blocks = engine.map(scoring, (chosen.part(rows) for rows in slices(len(chosen), size)))
+        blocks = engine.map(scoring, _parts(chosen, size))
     what = "user" if candidates.ids is None else re.sub(r"[^\w.-]", "_", by)
     return _write(_with_progress(blocks, len(chosen), size), profiler.tasks, folder, what, formats)
+
+
+def _parts(users: Users, size: int) -> Iterator[Users]:
+    for rows in slices(len(users), size):
+        yield users.part(rows)
+        users.give_back()
 
 
 def _index_file(folder: Path, task: str, index: IndexConfig) -> Path:
