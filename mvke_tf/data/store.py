@@ -428,7 +428,8 @@ class PreparedDataset:
             states, rows = np.unique(data.user_rows, return_inverse=True)
             return dataclasses.replace(data, users=_Rows(data.users, states), user_rows=rows.astype(np.int32))
 
-        most = max((_bytes_to_train(self.bucket(number), self._dense_together()) for number in filled), default=1)
+        dense = self._dense_together()
+        most = max((_bytes_to_train(self.bucket(number), dense) for number in filled), default=1)
         return Shards([sizes[number] for number in filled], read, max(1, WINDOW_BYTES // most))
 
     def _dense_together(self) -> set[str]:

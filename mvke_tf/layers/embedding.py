@@ -173,7 +173,7 @@ class FieldEmbedding(keras_rs.layers.EmbedReduce):
             store[str(part)] = own["0"][start : start + rows]
 
     def load_own_variables(self, store) -> None:
-        if self.quantization_mode is not None or len(store.keys()) == 1:
+        if self.quantization_mode is not None or len(store.keys()) <= 1:
             super().load_own_variables(store)
             return
         parts = (store[str(number)] for number in range(len(store.keys())))
