@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -436,10 +436,9 @@ class PreparedDataset:
         """Columns of user states that are shared in other forms in other buckets: together they are arrays."""
         forms: dict[str, set[int]] = {}
         for bucket in self.buckets():
-            states = bucket.users.encoded
-            if isinstance(states, _Encoded):
-                for name in states:
-                    forms.setdefault(name, set()).add(states.form(name))
+            states = _stored_states(bucket)
+            for name in states:
+                forms.setdefault(name, set()).add(states.form(name))
         return {name for name, found in forms.items() if len(found) > 1}
 
     def alone(self, part: str) -> PreparedDataset:
@@ -646,10 +645,13 @@ class PreparedDataset:
 
 def _bytes_to_train(bucket: PreparedDataset, dense: Container[str]) -> int:
     """What encoded user states and interactions of a bucket take in memory, some columns as arrays."""
-    states, interactions = bucket.users.encoded, INTERACTION_BYTES * len(bucket)
-    if isinstance(states, _Encoded):
-        return interactions + sum(states.size(name, name in dense) for name in states)
-    return interactions + sum(states.size(name) for name in states)  # type: ignore[attr-defined]
+    states = _stored_states(bucket)
+    return INTERACTION_BYTES * len(bucket) + sum(states.size(name, name in dense) for name in states)
+
+
+def _stored_states(bucket: PreparedDataset) -> _Stored:
+    """The encoded columns of the user states of one bucket, in its files."""
+    return cast("_Stored", bucket.users.encoded)
 
 
 def interaction_columns(
@@ -1017,7 +1019,11 @@ class _File(Mapping[str, np.ndarray]):
         for name, most in self._ranges.items():
             self._check_statistics(metadata, schema.names.index(name), name, most)
 
-    def size(self, name: str) -> int:
+    def form(self, name: str) -> int:
+        """See `_Encoded.form`: each column is there itself."""
+        return 0
+
+    def size(self, name: str, dense: bool = False) -> int:
         """Bytes that a column takes in memory, of 32 bits or lists of them."""
         return _bytes_of(self._types[name], self._rows)
 
