@@ -7,7 +7,9 @@ They say how much of a result is owed to the data alone. Both learn binary tasks
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +28,6 @@ MOST_SHARES = 256
 LIGHTGBM = {
     "objective": "binary",
     "metric": "auc",
-    "learning_rate": 0.1,
-    "num_leaves": 31,
     "bagging_fraction": 0.8,
     "bagging_freq": 1,
     "feature_fraction": 0.5,
@@ -37,6 +37,14 @@ LIGHTGBM = {
     "force_row_wise": True,
     "verbosity": -1,
 }
+# What is tried for LightGBM, so many of all combinations: as many as `mvke tune` tried for each network of the docs.
+# Without ids, the features that are keys of the declaration are left out.
+LIGHTGBM_SPACE: dict[str, tuple[float, ...]] = {
+    "learning_rate": (0.03, 0.1),
+    "num_leaves": (15, 31, 63),
+    "ids": (True, False),
+}
+LIGHTGBM_TRIALS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +55,13 @@ class Baseline:
         report: `{part: {task: {metric: value}}}`, as `mvke_tf.evaluation.report.evaluate_model` gives it.
         parameters: How many numbers were learned from the labels.
         rounds: Boosting rounds of all tasks together; 0 where nothing is boosted.
+        settings: What was chosen for each task, where something is searched.
     """
 
     report: Report
     parameters: int
     rounds: int = 0
+    settings: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def check_baseline(name: str, prepared: PreparedDataset, tasks: Sequence[str]) -> None:
@@ -121,6 +131,8 @@ def popularity(prepared: PreparedDataset, tasks: Sequence[str], parts: Sequence[
 def lightgbm(prepared: PreparedDataset, tasks: Sequence[str], parts: Sequence[str], seed: int = 0) -> Baseline:
     """LightGBM on `tabular_features`, one classifier per task; the validation AUC ends the boosting.
 
+    By the same AUC each task has its best settings of `LIGHTGBM_TRIALS` random ones of `LIGHTGBM_SPACE`.
+
     Args:
         prepared: The data.
         tasks: Names of binary tasks.
@@ -133,23 +145,53 @@ def lightgbm(prepared: PreparedDataset, tasks: Sequence[str], parts: Sequence[st
     training = features(rows["train"])
     _make_unknown(prepared, names, training, categorical, np.random.default_rng(seed))
     inputs = {part: features(rows[part]) for part in {"validation", *parts}}
+    ids = _ids(prepared)
+    columns = {
+        True: np.arange(len(names)),
+        False: np.array([place for place, name in enumerate(names) if name not in ids], int),
+    }
+    every = list(itertools.product(*LIGHTGBM_SPACE.values()))
+    trials = [
+        dict(zip(LIGHTGBM_SPACE, values, strict=True)) for values in random.Random(0).sample(every, LIGHTGBM_TRIALS)
+    ]
     probabilities, leaves, rounds = {}, 0, 0
+    chosen: dict[str, dict[str, float]] = {}
     for task in tasks:
         labels, weights = prepared.label(task), prepared.weight(task)
         labelled = {part: {"label": labels[rows[part]], "weight": weights[rows[part]]} for part in rows}
-        data = library.Dataset(training, **labelled["train"], feature_name=names, categorical_feature=categorical)
-        checked = data.create_valid(inputs["validation"], **labelled["validation"])
-        model = library.train(
-            {**LIGHTGBM, "seed": seed},
-            data,
-            ROUNDS,
-            valid_sets=[checked],
-            callbacks=[library.early_stopping(EARLY_STOPPING_ROUNDS, verbose=False)],
-        )
+        best = -1.0
+        for trial in trials:
+            kept = columns[bool(trial["ids"])]
+            data = library.Dataset(
+                training[:, kept],
+                **labelled["train"],
+                feature_name=[names[place] for place in kept],
+                categorical_feature=[names[place] for place in kept if names[place] in categorical],
+            )
+            tried = library.train(
+                {**LIGHTGBM, **{name: value for name, value in trial.items() if name != "ids"}, "seed": seed},
+                data,
+                ROUNDS,
+                valid_sets=[data.create_valid(inputs["validation"][:, kept], **labelled["validation"])],
+                callbacks=[library.early_stopping(EARLY_STOPPING_ROUNDS, verbose=False)],
+            )
+            score = tried.best_score["valid_0"]["auc"]
+            if score > best:
+                best, model, chosen[task] = score, tried, trial
+        kept = columns[bool(chosen[task]["ids"])]
         trees = model.dump_model(num_iteration=model.best_iteration)["tree_info"]
         leaves, rounds = leaves + sum(tree["num_leaves"] for tree in trees), rounds + len(trees)
-        probabilities[task] = {part: model.predict(inputs[part], num_iteration=model.best_iteration) for part in parts}
-    return Baseline(_report(prepared, probabilities, parts), leaves, rounds)
+        probabilities[task] = {
+            part: model.predict(inputs[part][:, kept], num_iteration=model.best_iteration) for part in parts
+        }
+    return Baseline(_report(prepared, probabilities, parts), leaves, rounds, chosen)
+
+
+def _ids(prepared: PreparedDataset) -> set[str]:
+    """The features of one value that are the keys of users or items."""
+    keys = {prepared.dataset.keys.user, prepared.dataset.keys.item} - {None, ""}
+    single = [feature.name for feature in prepared.encoder.features if feature.length == 1]
+    return {name for name in single if prepared.dataset.feature(name).source_column in keys}
 
 
 BASELINES: dict[str, Callable[..., Baseline]] = {"popularity": popularity, "lightgbm": lightgbm}

@@ -246,7 +246,9 @@ def _fit_baseline(run: Run, config: RunConfig, prepared: PreparedDataset, tasks:
         folder.mkdir()
         write_json(folder / "config.json", config.to_dict())
         write_json(folder / "report.json", fitted.report)
-        cost = {"parameters": fitted.parameters, "examples_per_second": None, "epochs": fitted.rounds}
+        cost: dict[str, Any] = {"parameters": fitted.parameters, "examples_per_second": None, "epochs": fitted.rounds}
+        if fitted.settings:
+            cost["settings"] = fitted.settings
         write_json(folder / "cost.json", cost)
 
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import sys
 
 import numpy as np
@@ -94,6 +95,37 @@ def test_lightgbm_learns_and_repeats_itself(prepared, monkeypatch):
     assert first.report["train"]["click"]["auc"] > 0.65
     assert set(first.report["test"]["buy"]) == {*first.report["test"]["click"], "auc_given"}
     assert 2 <= first.rounds <= 60 and first.parameters > first.rounds
+    assert set(first.settings) == set(TASKS)
+    assert all(set(settings) == {"learning_rate", "num_leaves", "ids"} for settings in first.settings.values())
+
+
+def test_lightgbm_takes_the_settings_that_are_best_by_validation(prepared, monkeypatch):
+    monkeypatch.setitem(baselines.LIGHTGBM, "min_data_in_leaf", 5)
+    monkeypatch.setattr(baselines, "ROUNDS", 30)
+    parts = ("validation", "test")
+    chosen = run_baseline("lightgbm", prepared, TASKS, parts)
+    monkeypatch.setattr(baselines, "LIGHTGBM_TRIALS", 1)
+    alone = []
+    for values in itertools.product(*baselines.LIGHTGBM_SPACE.values()):
+        space = {name: (value,) for name, value in zip(baselines.LIGHTGBM_SPACE, values, strict=True)}
+        monkeypatch.setattr(baselines, "LIGHTGBM_SPACE", space)
+        alone.append(run_baseline("lightgbm", prepared, TASKS, parts))
+    for task in TASKS:
+        same = [one for one in alone if one.settings[task] == chosen.settings[task]]
+        assert len(same) == 1
+        assert all(same[0].report[part][task] == chosen.report[part][task] for part in parts)
+        scores = sorted((one.report["validation"][task]["auc"] for one in alone), reverse=True)
+        # Six of twelve were tried: the best of them is among the best seven of all.
+        assert chosen.report["validation"][task]["auc"] >= scores[6]
+    assert all(
+        one.settings["click"]["ids"] != two.settings["click"]["ids"]
+        for one, two in zip(alone[::2], alone[1::2], strict=True)
+    )
+    assert all(one.report != two.report for one, two in zip(alone[::2], alone[1::2], strict=True))
+
+
+def test_ids_are_the_keys_of_the_declaration(prepared):
+    assert baselines._ids(prepared) == {"user", "item"}
 
 
 def test_what_cannot_be_fitted_is_explained(prepared, monkeypatch):
