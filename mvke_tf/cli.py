@@ -1128,16 +1128,17 @@ def _own_config(text: str) -> tuple[str, Path]:
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
-    from mvke_tf.config import BASELINE_NAMES, MODEL_NAMES
+    from mvke_tf.config import BASELINE_NAMES, MODEL_NAMES, WITHOUT_NETWORK
 
     names = (*MODEL_NAMES, *BASELINE_NAMES)
     parser.add_argument(
         "--models",
         nargs="+",
         choices=names,
-        default=names,
+        # The other baseline needs a history of items.
+        default=(*MODEL_NAMES, *WITHOUT_NETWORK),
         metavar="MODEL",
-        help=f"rows of the table, of {', '.join(names)} (default: all)",
+        help=f"rows of the table, of {', '.join(names)} (default: all but target_attention)",
     )
     parser.add_argument("--seeds", type=positive_int, default=5, help="seeds per model, from 0 (default: 5)")
     parser.add_argument(

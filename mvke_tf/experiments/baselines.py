@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models without a neural network, on the same data as the others: popularity and gradient-boosted trees.
+"""Models that are no two-tower models, on the same data as those: popularity, trees, and attention to the item.
 
-They say how much of a result is owed to the data alone. Both learn binary tasks, each task by itself.
+The first two, without a neural network, say how much of a result is owed to the data alone, and learn each task by
+itself; the last one says what the two-tower form costs. All are for binary tasks.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import sparse
+from scipy import sparse, special
 from sklearn.linear_model import LogisticRegression
 
+from mvke_tf.config import BASELINE_NAMES, RunConfig
+from mvke_tf.data.batches import Batches
 from mvke_tf.data.encoder import EncodedFeature
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError, MissingExtraError
 from mvke_tf.evaluation import Report, measure
+from mvke_tf.experiments.target_attention import attended_lists, build_target_attention
 from mvke_tf.schema import WEIGHTS_SUFFIX
+from mvke_tf.training.loop import compile_model, loss_weights, set_seed
 
 ROUNDS, EARLY_STOPPING_ROUNDS = 2000, 50
+PREDICTED_TOGETHER = 4096
 # Largest vocabulary whose shares in a list are columns of their own.
 MOST_SHARES = 256
 LIGHTGBM = {
@@ -54,7 +60,7 @@ class Baseline:
     Args:
         report: `{part: {task: {metric: value}}}`, as `mvke_tf.evaluation.report.evaluate_model` gives it.
         parameters: How many numbers were learned from the labels.
-        rounds: Boosting rounds of all tasks together; 0 where nothing is boosted.
+        rounds: Boosting rounds of all tasks together, or epochs; 0 where nothing is repeated.
         settings: What was chosen for each task, where something is searched.
     """
 
@@ -64,15 +70,16 @@ class Baseline:
     settings: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
 
-def check_baseline(name: str, prepared: PreparedDataset, tasks: Sequence[str]) -> None:
+def check_baseline(name: str, prepared: PreparedDataset, tasks: Sequence[str], objective: str = "") -> None:
     """Does nothing if there is a baseline of this name for these tasks, and what it needs is installed.
 
     Raises:
-        ConfigError: If a task is not binary, popularity finds no items, or there is no such baseline.
+        ConfigError: If a task is not binary, popularity finds no items, target attention no list of items or a task
+            that is learned from the rows with the event before it, or there is no such baseline.
         MissingExtraError: If LightGBM is not installed.
     """
-    if name not in BASELINES:
-        raise ConfigError(f"Unknown baseline. Expected one of {sorted(BASELINES)}. Received: {name!r}")
+    if name not in BASELINE_NAMES:
+        raise ConfigError(f"Unknown baseline. Expected one of {sorted(BASELINE_NAMES)}. Received: {name!r}")
     for task in prepared.schema(tasks).tasks:
         if task.kind != "binary":
             raise ConfigError(
@@ -82,25 +89,37 @@ def check_baseline(name: str, prepared: PreparedDataset, tasks: Sequence[str]) -
         raise ConfigError("The baseline popularity needs items; declare `keys.item`, or leave it out of --models.")
     if name == "lightgbm":
         _lightgbm()
+    if name == "target_attention":
+        schema = prepared.schema(tasks, objective)
+        attended_lists(schema)
+        if conditional := [task.name for task in schema.tasks if task.given and task.objective == "conditional"]:
+            raise ConfigError(
+                "The baseline target_attention learns from all rows; choose --objective joint or marginal, or leave it "
+                f"out of --models. Received: the objective conditional of {conditional}"
+            )
 
 
 def run_baseline(
-    name: str, prepared: PreparedDataset, tasks: Sequence[str], parts: Sequence[str], seed: int = 0
+    name: str, prepared: PreparedDataset, tasks: Sequence[str], parts: Sequence[str], config: RunConfig | None = None
 ) -> Baseline:
     """Fits a baseline on the training part and measures it.
 
     Args:
-        name: `"popularity"` or `"lightgbm"`.
+        name: `"popularity"`, `"lightgbm"` or `"target_attention"`.
         prepared: The data.
         tasks: Names of binary tasks.
         parts: The parts to measure it on.
-        seed: Seed of LightGBM; popularity knows no chance.
+        config: Settings of target attention, of which LightGBM reads the seed and popularity nothing; the default ones
+            if None.
 
     Raises:
         MvkeError: As `check_baseline`.
     """
-    check_baseline(name, prepared, tasks)
-    return BASELINES[name](prepared, tasks, parts, seed)
+    config = config or RunConfig()
+    check_baseline(name, prepared, tasks, config.model.objective)
+    if name == "target_attention":
+        return target_attention(prepared, tasks, parts, config)
+    return (lightgbm if name == "lightgbm" else popularity)(prepared, tasks, parts, config.training.seed)
 
 
 def popularity(prepared: PreparedDataset, tasks: Sequence[str], parts: Sequence[str], seed: int = 0) -> Baseline:
@@ -194,7 +213,43 @@ def _ids(prepared: PreparedDataset) -> set[str]:
     return {name for name in single if prepared.dataset.feature(name).source_column in keys}
 
 
-BASELINES: dict[str, Callable[..., Baseline]] = {"popularity": popularity, "lightgbm": lightgbm}
+def target_attention(
+    prepared: PreparedDataset, tasks: Sequence[str], parts: Sequence[str], config: RunConfig
+) -> Baseline:
+    """`build_target_attention`, trained as `mvke train` does: the best epoch by the mean AUC of the validation part.
+
+    Args:
+        prepared: The data.
+        tasks: Names of binary tasks.
+        parts: The parts to measure it on.
+        config: Shape of the model; epochs, batch size, learning rate, patience and seed of the training.
+    """
+    training, schema = config.training, prepared.schema(tasks, config.model.objective)
+    set_seed(training)
+    data = {part: prepared.part(part, tasks, config.model.objective) for part in {"train", "validation", *parts}}
+    batches = Batches(data["train"], training.batch_size)
+    model = build_target_attention(schema, config.model)
+    kinds = dict.fromkeys(tasks, "binary")
+    compile_model(model, kinds, training, batches.steps, loss_weights(config, schema))
+
+    def measured(part: str) -> Report:
+        outputs = model.predict(Batches(data[part], PREDICTED_TOGETHER).in_order(), verbose=0)
+        probabilities = {task: special.expit(np.asarray(outputs[task])[:, 0].astype(np.float64)) for task in tasks}
+        return _report(prepared, {task: {part: values} for task, values in probabilities.items()}, [part])
+
+    best, best_epoch, epoch, weights = -1.0, 0, 0, model.get_weights()
+    while epoch < training.epochs and (not training.patience or epoch - best_epoch < training.patience):
+        model.fit(batches.epoch(training.seed, epoch), epochs=epoch + 1, initial_epoch=epoch, shuffle=False, verbose=0)
+        epoch += 1
+        found = measured("validation")["validation"]
+        score = float(np.mean([found[task]["auc"] for task in tasks]))
+        if score > best:
+            best, best_epoch, weights = score, epoch, model.get_weights()
+    model.set_weights(weights)
+    report: Report = {}
+    for part in parts:
+        report |= measured(part)
+    return Baseline(report, model.count_params(), epoch)
 
 
 def tabular_features(

@@ -103,9 +103,9 @@ class Comparison:
             EngineError: If workers are killed again and again.
         """
         engine = engine or Engine()
-        for model in self.configs:
+        for model, config in self.configs.items():
             if model in BASELINE_NAMES:
-                check_baseline(model, self.prepared, self.tasks)
+                check_baseline(model, self.prepared, self.tasks, config.model.objective)
         self._claim_folder()
         steps = [(model, seed) for seed in range(self.seeds) for model in self.configs if _has_seed(model, seed)]
         runs = {name: config for step in steps for name, config in self.run_configs(*step).items()}
@@ -241,7 +241,7 @@ def result_row(model: str, seed: int, reports: Sequence[dict], costs: Sequence[d
 
 
 def _fit_baseline(run: Run, config: RunConfig, prepared: PreparedDataset, tasks: Sequence[str]) -> None:
-    fitted = run_baseline(config.model.name, prepared, tasks, PARTS, config.training.seed)
+    fitted = run_baseline(config.model.name, prepared, tasks, PARTS, config)
     with atomic_write(run.folder) as folder:
         folder.mkdir()
         write_json(folder / "config.json", config.to_dict())

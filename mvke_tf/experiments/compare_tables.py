@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mvke_tf.config import BASELINE_NAMES, RunConfig
+from mvke_tf.config import WITHOUT_NETWORK, RunConfig
 from mvke_tf.experiments.significance import holm, mean_interval, paired_p_value
 from mvke_tf.models import READERS
 
@@ -107,7 +107,7 @@ def own_settings(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any]]:
     """The settings in which the networks of a comparison differ, `{setting: {model: value}}`, of those who read it."""
     found: dict[str, dict[str, Any]] = {}
     for model, config in configs.items():
-        if model not in BASELINE_NAMES:
+        if model not in WITHOUT_NETWORK:
             values = config.to_dict()
             for name, value in {**values["model"], **values["training"]}.items():
                 if name != "name" and model in READERS.get(name, (model,)):
@@ -168,7 +168,7 @@ def markdown(table: pd.DataFrame, title: str, settings: Mapping[str, Mapping[str
         rows = [
             [model, *(_value(values.get(model)) for values in settings.values())]
             for model in table["model"]
-            if model not in BASELINE_NAMES
+            if model not in WITHOUT_NETWORK
         ]
         parts += ["Settings in which the models differ; all others are the same.", _grid(["model", *settings], rows)]
     return "\n\n".join(parts) + "\n"
@@ -202,7 +202,7 @@ def _difference(row: Any, name: str) -> str:
 
 
 def _transfer(row: Any, headline: dict[str, tuple[str, str]]) -> str:
-    network = row["model"] not in BASELINE_NAMES
+    network = row["model"] not in WITHOUT_NETWORK
     words = {1: "positive transfer" if network else "better", -1: "negative transfer" if network else "worse"}
     said = []
     for sign, word in words.items():
@@ -294,7 +294,7 @@ def _span(table: pd.DataFrame, name: str) -> tuple[float, float]:
     """The range of a panel: intervals of the networks (of all rows, if there is none), baselines nearby, some air."""
     half = table[f"{name}_ci95"].fillna(0)
     low, high = table[name] - half, table[name] + half
-    networks = ~table["model"].isin(BASELINE_NAMES) & table[name].notna()
+    networks = ~table["model"].isin(WITHOUT_NETWORK) & table[name].notna()
     chosen = networks if networks.any() else table[name].notna()
     span = low[chosen].min(), high[chosen].max()
     for place in table.index[~chosen & table[name].notna()]:

@@ -8,6 +8,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from mvke_tf.config import ModelConfig, RunConfig, TrainingConfig
 from mvke_tf.errors import ConfigError, MissingExtraError
 from mvke_tf.experiments import baselines
 from mvke_tf.experiments.baselines import check_baseline, run_baseline, tabular_features
@@ -89,7 +90,7 @@ def test_lightgbm_learns_and_repeats_itself(prepared, monkeypatch):
     # Leaves of 20 rows leave little to learn in a part of 336.
     monkeypatch.setitem(baselines.LIGHTGBM, "min_data_in_leaf", 5)
     monkeypatch.setattr(baselines, "ROUNDS", 30)
-    first, again, other = (run_baseline("lightgbm", prepared, TASKS, ("train", "test"), seed) for seed in (0, 0, 1))
+    first, again, other = (fitted("lightgbm", prepared, ("train", "test"), seed) for seed in (0, 0, 1))
     assert first == again
     assert first.report != other.report
     assert first.report["train"]["click"]["auc"] > 0.65
@@ -124,6 +125,33 @@ def test_lightgbm_takes_the_settings_that_are_best_by_validation(prepared, monke
     assert all(one.report != two.report for one, two in zip(alone[::2], alone[1::2], strict=True))
 
 
+def test_target_attention_keeps_its_best_epoch_and_repeats_itself(prepared):
+    parts = ("train", "validation", "test")
+    stopped = fitted("target_attention", prepared, parts, epochs=20, patience=2)
+    assert 3 <= stopped.rounds < 20
+    best = fitted("target_attention", prepared, parts, epochs=stopped.rounds - 2)
+    assert stopped.report == best.report
+    assert stopped.report["train"]["click"]["auc"] > 0.55
+    assert stopped.report != fitted("target_attention", prepared, parts, seed=1, epochs=best.rounds).report
+    assert stopped.parameters == best.parameters > 1000
+
+
+def fitted(name, prepared, parts, seed=0, **training):
+    config = RunConfig(
+        ModelConfig(embedding_dim=4, hidden_dims=(8,), objective=training.pop("objective", "")),
+        TrainingConfig(**{"batch_size": 16, "learning_rate": 0.003, "patience": 0, "seed": seed, **training}),
+    )
+    return run_baseline(name, prepared, TASKS, parts, config)
+
+
+def test_target_attention_learns_purchases_given_clicks(prepared):
+    joint = fitted("target_attention", prepared, ("test",), epochs=2, objective="joint")
+    marginal = fitted("target_attention", prepared, ("test",), epochs=2)
+    assert joint.report["test"]["click"]["auc"] != marginal.report["test"]["click"]["auc"]
+    with pytest.raises(ConfigError, match=r"joint or marginal.*Received: the objective conditional of \['buy'\]"):
+        fitted("target_attention", prepared, ("test",), objective="conditional")
+
+
 def test_ids_are_the_keys_of_the_declaration(prepared):
     assert baselines._ids(prepared) == {"user", "item"}
 
@@ -131,7 +159,9 @@ def test_ids_are_the_keys_of_the_declaration(prepared):
 def test_what_cannot_be_fitted_is_explained(prepared, monkeypatch):
     with pytest.raises(ConfigError, match=r"binary tasks; leave it or the task out. Received: 'stars'"):
         check_baseline("popularity", prepared, ("click", "stars"))
-    with pytest.raises(ConfigError, match=r"Expected one of \['lightgbm', 'popularity'\]. Received: 'mvke'"):
+    with pytest.raises(
+        ConfigError, match=r"Expected one of \['lightgbm', 'popularity', 'target_attention'\]. Received: 'mvke'"
+    ):
         check_baseline("mvke", prepared, TASKS)
     monkeypatch.setitem(sys.modules, "lightgbm", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'mvke_tf\[compare\]'"):
