@@ -297,7 +297,11 @@ def verdict(results: pd.DataFrame, config: RegimesConfig) -> str:
 
 
 def figure(results: pd.DataFrame, config: RegimesConfig) -> Figure:
-    """The share of the attainable by interests and by agreement, one row of panels per task."""
+    """How far each other model is ahead of MVKE in the same world, by interests and by agreement, a row per task.
+
+    Worlds differ far more than models do: the difference in each of them is what has an interval.
+    """
+    first, *others = MODELS
     drawn = Figure(figsize=(9.5, 6.4), layout="constrained")
     panels = drawn.subplots(len(TASKS), 2, sharey="row", squeeze=False)
     axes = (
@@ -306,23 +310,25 @@ def figure(results: pd.DataFrame, config: RegimesConfig) -> Figure:
     )
     for line, task in zip(panels, TASKS, strict=True):
         for panel, (title, values, regimes) in zip(line, axes, strict=True):
-            for number, (model, style) in enumerate(zip(MODELS, line_styles(), strict=False)):
-                points = [mean_interval(_curve(results, model, regime, task)) for regime in regimes]
-                means, halves = np.transpose(points)
+            own = [_curve(results, first, regime, task) for regime in regimes]
+            panel.axhline(0, color="0.2", linewidth=1)
+            for number, (model, style) in enumerate(zip(others, line_styles(), strict=False)):
+                ahead = [_curve(results, model, regime, task) - mvke for regime, mvke in zip(regimes, own, strict=True)]
+                means, halves = np.transpose([mean_interval(differences) for differences in ahead])
                 # Side by side, so that no interval hides another.
-                shift = (number - len(MODELS) / 2) * 0.06
+                shift = (number - (len(others) - 1) / 2) * 0.1
                 panel.errorbar(np.arange(len(values)) + shift, means, halves, label=model, capsize=2, **style)
             panel.set_xticks(range(len(values)), [f"{value:g}" for value in values])
             panel.set_xlabel(title)
             panel.set_title(task, fontsize=11)
             panel.grid(color="0.9")
             panel.set_axisbelow(True)
-        line[0].set_ylabel("share of the attainable AUC")
+        line[0].set_ylabel(f"share of the attainable AUC\nless that of {first}")
     handles, labels = panels[0][0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     drawn.suptitle(
-        f"Generated ad logs: AUC above chance, as a share of the true probabilities' own; {config.worlds} worlds, "
-        "95 % intervals",
+        f"Generated ad logs: AUC above chance as a share of the true probabilities' own, less that of {first}; "
+        f"{config.worlds} worlds, 95 % intervals",
         fontsize=11,
     )
     return drawn
