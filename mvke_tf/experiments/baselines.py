@@ -23,7 +23,7 @@ from mvke_tf.data.encoder import EncodedFeature
 from mvke_tf.data.store import PreparedDataset
 from mvke_tf.errors import ConfigError, MissingExtraError
 from mvke_tf.evaluation import Report, measure
-from mvke_tf.experiments.target_attention import attended_lists, build_target_attention
+from mvke_tf.models.target_attention import attended_lists, build_target_attention
 from mvke_tf.schema import WEIGHTS_SUFFIX
 from mvke_tf.training.loop import compile_model, loss_weights, set_seed
 

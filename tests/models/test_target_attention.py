@@ -5,8 +5,8 @@ import pytest
 
 from mvke_tf.config import ModelConfig
 from mvke_tf.errors import ConfigError
-from mvke_tf.experiments.target_attention import TargetAttention, attended_lists, build_target_attention
 from mvke_tf.layers import FieldEmbedding
+from mvke_tf.models.target_attention import TargetAttention, attended_lists, build_target_attention
 from mvke_tf.schema import Feature, Schema, Task
 
 SCHEMA = Schema(
