@@ -32,8 +32,7 @@ COUNTERFACTUALS = ("none", "ips", "dr")
 EMBEDDING_OPTIMIZERS = ("same", "lazy_adam", "rowwise_adagrad")
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 MODEL_NAMES = ("mvke", "mmoe", "cgc", "ple", "stem", "aitm", "resflow", "shared_bottom", "hard_sharing", "single_task")
-# Rows of a comparison without a neural network.
-# Of them the first ones are no neural networks.
+# Rows of a comparison that are no two-tower models; the first ones are no neural networks either.
 WITHOUT_NETWORK = ("popularity", "lightgbm")
 BASELINE_NAMES = (*WITHOUT_NETWORK, "target_attention")
 # What a command line can choose from, by section and setting.

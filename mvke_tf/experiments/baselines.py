@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from scipy import sparse, special
 from sklearn.linear_model import LogisticRegression
 
-from mvke_tf.config import BASELINE_NAMES, RunConfig
+from mvke_tf.config import BASELINE_NAMES, RunConfig, TrainingConfig
 from mvke_tf.data.batches import Batches
 from mvke_tf.data.encoder import EncodedFeature
 from mvke_tf.data.store import PreparedDataset
@@ -51,6 +52,8 @@ LIGHTGBM_SPACE: dict[str, tuple[float, ...]] = {
     "ids": (True, False),
 }
 LIGHTGBM_TRIALS = 6
+# Settings of a training that target attention does not follow.
+OF_TWO_TOWERS = ("loss_weighting", "counterfactual", "in_batch_weight", "precision", "embedding_optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +73,12 @@ class Baseline:
     settings: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
 
-def check_baseline(name: str, prepared: PreparedDataset, tasks: Sequence[str], objective: str = "") -> None:
+def check_baseline(name: str, prepared: PreparedDataset, tasks: Sequence[str], config: RunConfig | None = None) -> None:
     """Does nothing if there is a baseline of this name for these tasks, and what it needs is installed.
 
     Raises:
-        ConfigError: If a task is not binary, popularity finds no items, target attention no list of items or a task
-            that is learned from the rows with the event before it, or there is no such baseline.
+        ConfigError: If a task is not binary, popularity finds no items, target attention no list of items, or settings
+            that it cannot follow, or there is no such baseline.
         MissingExtraError: If LightGBM is not installed.
     """
     if name not in BASELINE_NAMES:
@@ -90,12 +93,18 @@ def check_baseline(name: str, prepared: PreparedDataset, tasks: Sequence[str], o
     if name == "lightgbm":
         _lightgbm()
     if name == "target_attention":
-        schema = prepared.schema(tasks, objective)
+        config = config or RunConfig()
+        schema = prepared.schema(tasks, config.model.objective)
         attended_lists(schema)
-        if conditional := [task.name for task in schema.tasks if task.given and task.objective == "conditional"]:
+        default = TrainingConfig()
+        received = {key: getattr(config.training, key) for key in OF_TWO_TOWERS}
+        received = {key: value for key, value in received.items() if value != getattr(default, key)}
+        if any(task.given and task.objective == "conditional" for task in schema.tasks):
+            received["objective"] = "conditional"
+        if received:
             raise ConfigError(
-                "The baseline target_attention learns from all rows; choose --objective joint or marginal, or leave it "
-                f"out of --models. Received: the objective conditional of {conditional}"
+                "The baseline target_attention learns all tasks from all rows, by the sum of their losses in float32; "
+                f"leave it out of --models, or these settings. Received: {received}"
             )
 
 
@@ -116,7 +125,7 @@ def run_baseline(
         MvkeError: As `check_baseline`.
     """
     config = config or RunConfig()
-    check_baseline(name, prepared, tasks, config.model.objective)
+    check_baseline(name, prepared, tasks, config)
     if name == "target_attention":
         return target_attention(prepared, tasks, parts, config)
     return (lightgbm if name == "lightgbm" else popularity)(prepared, tasks, parts, config.training.seed)
@@ -169,16 +178,17 @@ def lightgbm(prepared: PreparedDataset, tasks: Sequence[str], parts: Sequence[st
         True: np.arange(len(names)),
         False: np.array([place for place, name in enumerate(names) if name not in ids], int),
     }
-    every = list(itertools.product(*LIGHTGBM_SPACE.values()))
-    trials = [
-        dict(zip(LIGHTGBM_SPACE, values, strict=True)) for values in random.Random(0).sample(every, LIGHTGBM_TRIALS)
-    ]
+    space = dict(LIGHTGBM_SPACE)
+    if not 0 < len(columns[False]) < len(names):
+        space["ids"] = (True,)
+    every = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+    trials = random.Random(0).sample(every, min(LIGHTGBM_TRIALS, len(every)))
     probabilities, leaves, rounds = {}, 0, 0
     chosen: dict[str, dict[str, float]] = {}
     for task in tasks:
         labels, weights = prepared.label(task), prepared.weight(task)
         labelled = {part: {"label": labels[rows[part]], "weight": weights[rows[part]]} for part in rows}
-        best = -1.0
+        best = -math.inf
         for trial in trials:
             kept = columns[bool(trial["ids"])]
             data = library.Dataset(
@@ -195,7 +205,7 @@ def lightgbm(prepared: PreparedDataset, tasks: Sequence[str], parts: Sequence[st
                 callbacks=[library.early_stopping(EARLY_STOPPING_ROUNDS, verbose=False)],
             )
             score = tried.best_score["valid_0"]["auc"]
-            if score > best:
+            if task not in chosen or score > best:
                 best, model, chosen[task] = score, tried, trial
         kept = columns[bool(chosen[task]["ids"])]
         trees = model.dump_model(num_iteration=model.best_iteration)["tree_info"]
@@ -209,8 +219,8 @@ def lightgbm(prepared: PreparedDataset, tasks: Sequence[str], parts: Sequence[st
 def _ids(prepared: PreparedDataset) -> set[str]:
     """The features of one value that are the keys of users or items."""
     keys = {prepared.dataset.keys.user, prepared.dataset.keys.item} - {None, ""}
-    single = [feature.name for feature in prepared.encoder.features if feature.length == 1]
-    return {name for name in single if prepared.dataset.feature(name).source_column in keys}
+    single = [feature for feature in prepared.encoder.features if feature.length == 1 and not feature.constant]
+    return {feature.name for feature in single if prepared.dataset.feature(feature.name).source_column in keys}
 
 
 def target_attention(
@@ -237,12 +247,13 @@ def target_attention(
         probabilities = {task: special.expit(np.asarray(outputs[task])[:, 0].astype(np.float64)) for task in tasks}
         return _report(prepared, {task: {part: values} for task, values in probabilities.items()}, [part])
 
-    best, best_epoch, epoch, weights = -1.0, 0, 0, model.get_weights()
+    best, best_epoch, epoch, weights = -math.inf, 0, 0, model.get_weights()
     while epoch < training.epochs and (not training.patience or epoch - best_epoch < training.patience):
         model.fit(batches.epoch(training.seed, epoch), epochs=epoch + 1, initial_epoch=epoch, shuffle=False, verbose=0)
         epoch += 1
         found = measured("validation")["validation"]
-        score = float(np.mean([found[task]["auc"] for task in tasks]))
+        # Of a task whose labels are all the same there is none.
+        score = sum(found[task]["auc"] or 0.0 for task in tasks)
         if score > best:
             best, best_epoch, weights = score, epoch, model.get_weights()
     model.set_weights(weights)

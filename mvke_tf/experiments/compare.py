@@ -105,7 +105,7 @@ class Comparison:
         engine = engine or Engine()
         for model, config in self.configs.items():
             if model in BASELINE_NAMES:
-                check_baseline(model, self.prepared, self.tasks, config.model.objective)
+                check_baseline(model, self.prepared, self.tasks, config)
         self._claim_folder()
         steps = [(model, seed) for seed in range(self.seeds) for model in self.configs if _has_seed(model, seed)]
         runs = {name: config for step in steps for name, config in self.run_configs(*step).items()}

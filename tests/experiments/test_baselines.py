@@ -13,7 +13,7 @@ from mvke_tf.errors import ConfigError, MissingExtraError
 from mvke_tf.experiments import baselines
 from mvke_tf.experiments.baselines import check_baseline, run_baseline, tabular_features
 from mvke_tf.schema import WEIGHTS_SUFFIX
-from tests.small import small_prepared
+from tests.small import SMALL, small_prepared
 
 TASKS, PARTS = ("click", "buy"), ("validation", "test")
 
@@ -148,12 +148,24 @@ def test_target_attention_learns_purchases_given_clicks(prepared):
     joint = fitted("target_attention", prepared, ("test",), epochs=2, objective="joint")
     marginal = fitted("target_attention", prepared, ("test",), epochs=2)
     assert joint.report["test"]["click"]["auc"] != marginal.report["test"]["click"]["auc"]
-    with pytest.raises(ConfigError, match=r"joint or marginal.*Received: the objective conditional of \['buy'\]"):
-        fitted("target_attention", prepared, ("test",), objective="conditional")
+    with pytest.raises(ConfigError, match=r"Received: \{'loss_weighting': 'famo', 'objective': 'conditional'\}"):
+        fitted("target_attention", prepared, ("test",), objective="conditional", loss_weighting="famo")
+
+
+@pytest.mark.parametrize("which", ["none", "all"])
+def test_ids_are_tried_only_where_there_is_a_choice(prepared, monkeypatch, which):
+    monkeypatch.setattr(baselines, "ROUNDS", 5)
+    names, *_ = tabular_features(prepared)
+    monkeypatch.setattr(baselines, "_ids", lambda _: set() if which == "none" else set(names))
+    chosen = run_baseline("lightgbm", prepared, TASKS, ("test",))
+    assert all(settings["ids"] is True for settings in chosen.settings.values())
 
 
 def test_ids_are_the_keys_of_the_declaration(prepared):
     assert baselines._ids(prepared) == {"user", "item"}
+    # Without items the field of their side is made up, and no feature is an id.
+    alone = {"keys": {}, "negatives": {}, "groups": {}, "tables": {}, "features": {"age": SMALL["features"]["age"]}}
+    assert baselines._ids(small_prepared(**alone, tasks={"click": {"label": "clicked"}})) == set()
 
 
 def test_what_cannot_be_fitted_is_explained(prepared, monkeypatch):
