@@ -14,7 +14,11 @@ the graph of a training step of each tower, per distinct user and item.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
+import inspect
+import json
 import math
 import os
 import platform
@@ -50,6 +54,7 @@ class Size:
         models: Names of models.
         synthetic: Users and items of generated data.
         gemm: Rows of the matrices whose product is the yardstick.
+        environments: Folder of the environments of other libraries.
     """
 
     repeats: int = 5
@@ -58,6 +63,7 @@ class Size:
     models: tuple[str, ...] = tuple(name for name in MODEL_NAMES if name != "single_task")
     synthetic: int = 5_000
     gemm: int = GEMM_SIZE
+    environments: str = "bench/environments"
 
 
 @dataclasses.dataclass
@@ -66,7 +72,7 @@ class Variant:
 
     Args:
         labels: What tells it from the others of its section.
-        work: Does it once.
+        work: Does it once; a float that it returns is seconds of CPU of another process, which did it.
         rows: Rows that it does.
         flops: Float operations of a row in matrix products; 0 if they are not what it is about.
         notes: Values that `work` has measured itself, one list per name.
@@ -111,9 +117,9 @@ def measure(variants: Sequence[Variant], size: Size) -> Rows:
         peaks.append(gemm_gflops(size.gemm))
         for index, variant in enumerate(variants):
             started, processed = time.perf_counter(), time.process_time()
-            variant.work()
+            elsewhere = variant.work()
             wall[index].append(time.perf_counter() - started)
-            cpu[index].append(time.process_time() - processed)
+            cpu[index].append(time.process_time() - processed + (elsewhere if isinstance(elsewhere, float) else 0.0))
     peak = statistics.median(peaks)
     return [
         summary(variant, wall[index], cpu[index], peak) | {"gemm_gflops": spread(peaks)}
@@ -131,7 +137,7 @@ def summary(variant: Variant, wall: Sequence[float], cpu: Sequence[float], peak:
         "cpu_seconds": spread(cpu),
         "rows_per_second": speed,
         "cpu_us_per_row": 1e6 * statistics.median(cpu) / variant.rows,
-        "mflops_per_row": variant.flops / 1e6,
+        "mflops_per_row": variant.flops / 1e6 or None,
         "share": variant.flops * speed / (1e9 * peak) if variant.flops else None,
         **{name: spread(values) for name, values in variant.notes.items()},
     }
@@ -191,10 +197,12 @@ def _training(prepared: Any, config: RunConfig, size: Size, labels: dict[str, An
     steps = min(batches.steps, max(1, size.pairs // training.batch_size))
     # So many distinct users and items have the batches that are measured.
     count, distinct = 0, [0, 0]
-    for inputs, *_ in batches.epoch(training.seed, 0).take(steps):
-        pairs = [np.asarray(inputs[name]) for name in ("user_rows", "item_rows")]
-        count += len(pairs[0])
-        distinct = [n + len(np.unique(rows)) for n, rows in zip(distinct, pairs, strict=True)]
+    for inputs, targets, *_ in batches.epoch(training.seed, 0).take(steps):
+        pairs = [np.asarray(inputs[name]) for name in ("user_rows", "item_rows") if name in inputs]
+        size_of_batch = len(next(iter(targets.values())))
+        count += size_of_batch
+        rows = [len(np.unique(pair)) for pair in pairs] or [size_of_batch] * 2
+        distinct = [n + more for n, more in zip(distinct, rows, strict=True)]
     flops = (distinct[0] * step_flops(plain.user_tower) + distinct[1] * step_flops(plain.item_tower)) / count
     watch, late = LastBatch(), []
 
@@ -217,6 +225,118 @@ def training(prepared: Any, size: Size) -> Rows:
     return measure(variants, size)
 
 
+# Of a module that others train with: what is installed for it, and which models of it `peers.py` knows.
+PEERS = {
+    "torch_rechub": (
+        ("torch==2.13.0", "torch-rechub==0.9.0"),
+        ("mvke of torch", "mmoe of torch-rechub", "ple of torch-rechub"),
+    ),
+    "deepctr": (("tensorflow==2.21.*", "tf_keras==2.21.*", "deepctr==0.9.4"), ("mmoe of deepctr",)),
+}
+
+
+PEER_PROGRAM = Path(__file__).with_name("peers.py")
+
+
+class Peer:
+    """A process that trains a model of another library, in the environment of that one."""
+
+    def __init__(self, python: Path, model: str, file: Path, program: Path = PEER_PROGRAM) -> None:
+        self.errors = file.with_name(f"{model}.log")
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [str(python), str(program), model, str(file)],
+                **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True},
+            )
+        self._answer()
+
+    def train(self, batch_size: int, rows: int) -> float:
+        """Seconds of CPU of an epoch on the first rows."""
+        self.process.stdin.write(f"{batch_size} {rows}\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.errors.stem} ended with status {self.process.wait()}: {self.errors.read_text()}")
+        return answer
+
+    def end(self) -> None:
+        """It ends with its input."""
+        self.process.communicate()
+
+
+def environment(module: str, packages: Sequence[str], folder: Path) -> Path | None:
+    """The Python that can import a module, which is installed if it is not there; `None` if that fails."""
+    python = folder / module / "bin" / "python"
+    if not python.is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
+    tried = [str(python), "-c", f"import {module}"]
+    if subprocess.run(tried, capture_output=True).returncode:
+        print(f"peers: installing {' '.join(packages)} into {python.parents[1]}", flush=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages])
+        if (done := subprocess.run(tried, capture_output=True, text=True)).returncode:
+            print(f"warning: {module} is left out: {done.stderr.strip()[-300:]}", flush=True)
+            return None
+    return python
+
+
+def write_columns(prepared: Any, rows: int, file: Path) -> int:
+    """Writes the fields of the first rows of the training part, in a random order, for `peers.py`; how many rows."""
+    import numpy as np
+
+    data, schema = prepared.part("train"), prepared.schema()
+    chosen = np.random.default_rng(0).permutation(len(data))[:rows]
+    of = {"user": (data.users, data.user_rows[chosen]), "item": (data.items, data.item_rows[chosen])}
+    sizes = {feature.name: feature.vocabulary_size for feature in schema.features}
+    columns, fields = {}, []
+    for feature in schema.features:
+        kind = "dense" if feature.is_dense else "list" if feature.length > 1 else "index"
+        described = (feature.name, feature.tower, kind, feature.width or feature.length, feature.table)
+        names = ("name", "side", "kind", "width", "table")
+        fields.append(dict(zip(names, described, strict=True)) | {"rows": sizes[feature.table]})
+        table, indices = of[feature.tower]
+        columns |= {name: np.asarray(table[name])[indices] for name in feature.inputs}
+    labels = [np.float32(data.labels[task.name][chosen]) for task in schema.tasks[:2]]
+    np.savez(file, fields=json.dumps(fields), label_0=labels[0], label_1=labels[1], **columns)
+    return len(chosen)
+
+
+def peers(prepared: Any, size: Size) -> Rows:
+    """Training beside other libraries, on the same columns: theirs are in memory in order, ours come from `tf.data`.
+
+    The models have the same sizes (`benchmarks/peers.py`). MVKE in PyTorch is written as usual, in a loop over the
+    virtual kernels. The models of torch-rechub and DeepCTR have no two towers: user and item go into every expert.
+    "Every row by itself" is `--no-deduplicate`.
+    """
+    ours = (("mvke", True), ("mvke", False), ("mmoe", True), ("ple", True))
+    variants, left_out = [], []
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
+        file = Path(folder) / "columns.npz"
+        rows = write_columns(prepared, size.pairs, file)
+        for batch_size in size.batch_sizes:
+            for name, distinct in ours:
+                labels = {"model": name if distinct else f"{name}, every row by itself", "batch_size": batch_size}
+                config = RunConfig(ModelConfig(name), TrainingConfig(batch_size=batch_size, deduplicate=distinct))
+                variants.append(_training(prepared, config, size, labels))
+        for module, (packages, models) in PEERS.items():
+            python = environment(module, packages, Path(size.environments))
+            if python is None:
+                left_out += models
+                continue
+            for model in models:
+                peer = Peer(python, model, file)
+                ending.callback(peer.end)
+                for batch_size in size.batch_sizes:
+                    whole = rows - rows % batch_size
+                    work = functools.partial(peer.train, batch_size, whole)
+                    labels = {"model": model, "batch_size": batch_size}
+                    variants.append(Variant(labels, work, whole))
+        measured = measure(variants, size)
+    return measured + [dict.fromkeys(measured[0]) | {"model": f"{model} (not installed)"} for model in left_out]
+
+
 def inference(prepared: Any, size: Size) -> Rows:
     """Pairs of the test part, and all users' best 20 of all items."""
     from mvke_tf.inference.predictions import predict
@@ -234,9 +354,11 @@ def inference(prepared: Any, size: Size) -> Rows:
     return measure(variants, size)
 
 
+# What a command imports, it imports as the command does.
 FIRST_STEP = """
 import os, sys
 from mvke_tf import cli
+cli.import_backend()
 from mvke_tf.training.callbacks import EpochWatch
 
 def stop(self, batch, logs=None):
@@ -248,8 +370,19 @@ cli.main(sys.argv[1:])
 """
 
 
+TABLE = """
+import os, sys
+from mvke_tf import cli
+cli.import_backend()
+from mvke_tf.evaluation import report
+
+report._write_pictures = lambda *of_run: os._exit(0)
+cli.main(sys.argv[1:])
+"""
+
+
 def start_up(prepared: Any, size: Size) -> Rows:
-    """Processes of their own: `--help`, `train` up to its first step, and `evaluate`."""
+    """Processes of their own: `--help`, `train` up to its first step, `evaluate` to its table and with pictures."""
     from mvke_tf.training import train
 
     root = Path(__file__).resolve().parents[1]
@@ -263,7 +396,8 @@ def start_up(prepared: Any, size: Size) -> Rows:
             "mvke --help": ["-c", "from mvke_tf import cli; cli.main()", "--help"],
             "import tensorflow": ["-c", "import tensorflow"],
             "mvke train, to the first step": ["-c", FIRST_STEP, "train", *data, "--runs_dir", str(folder / "new")],
-            "mvke evaluate": ["-c", "from mvke_tf import cli; cli.main()", "evaluate", str(run.folder)],
+            "mvke evaluate, to its table": ["-c", TABLE, "evaluate", str(run.folder)],
+            "mvke evaluate, with pictures": ["-c", "from mvke_tf import cli; cli.main()", "evaluate", str(run.folder)],
         }
         rows = []
         for what, arguments in commands.items():
@@ -370,7 +504,7 @@ def _generated(setting: str, value: int, size: Size) -> Variant:
 
 
 SECTIONS: dict[str, Callable[[Any, Size], Rows]] = {
-    function.__name__: function for function in (training, inference, start_up, preparation, growth)
+    function.__name__: function for function in (training, peers, inference, start_up, preparation, growth)
 }
 
 
@@ -419,8 +553,8 @@ def run(prepared: Any, folder: Path, sections: Sequence[str], size: Size, again:
 # === The page ===
 
 
-def page(kept: Mapping[str, Any]) -> str:
-    """The page of the docs, from what has been measured."""
+def page(kept: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
+    """The page of the docs, from what has been measured, with a picture of some sections."""
     lines = [
         "# The benchmark suite",
         "",
@@ -432,18 +566,57 @@ def page(kept: Mapping[str, Any]) -> str:
         lines += ["", "Nothing has been measured by it yet; [benchmarks](benchmarks.md) has the figures there are."]
     for name, section in kept["sections"].items():
         made = f"{section['data']}, {section['machine']}, {section['date']}, load {section['load']:.1f} at the end"
-        lines += ["", f"## {name.replace('_', ' ').capitalize()}", "", f"{SECTIONS[name].__doc__}".splitlines()[0]]
-        lines += ["", f"(`python benchmarks/suite.py --sections {name}`; {made}.)", "", *_table(section["rows"])]
+        lines += ["", f"## {name.replace('_', ' ').capitalize()}", "", inspect.getdoc(SECTIONS[name]) or ""]
+        lines += ["", f"(`python benchmarks/suite.py --sections {name}`; {made}.)", ""]
+        if pictures and name in pictures:
+            lines += [f"![{name}]({pictures[name]})", ""]
+        lines += _table(section["rows"])
     return "\n".join(lines) + "\n"
 
 
+def draw(kept: Mapping[str, Any], stem: Path) -> dict[str, str]:
+    """Draws speed by batch size, and by what grows, into `<stem>_<section>.png`; the names of the files."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    drawn = {}
+    for name, key in (("training", "model"), ("peers", "model"), ("growth", "setting")):
+        rows = [row for row in kept["sections"].get(name, {}).get("rows", []) if row.get("rows_per_second")]
+        if not rows:
+            continue
+        groups: dict[str, Rows] = {}
+        for row in rows:
+            group = row[key] if row.get("precision", "float32") == "float32" else f"{row[key]}, {row['precision']}"
+            groups.setdefault(group, []).append(row)
+        count, x = (len(groups), "value") if name == "growth" else (1, "batch_size")
+        figure = Figure(figsize=(11, 2.2 if name == "growth" else 4.5), layout="constrained")
+        axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+        for index, (group, measured) in enumerate(groups.items()):
+            panel = axes[index % count]
+            speeds = [row["rows_per_second"] for row in measured]
+            style = {"linestyle": "--"} if " of " in group else {}
+            panel.plot([row[x] for row in measured], speeds, marker="o", markersize=4, label=group, **style)
+            panel.set(xscale="log", yscale="log", xlabel=group.replace("_", " ") if count > 1 else "batch size")
+            panel.set_xticks([row[x] for row in measured], [f"{row[x]:,}" for row in measured])
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+        axes[0].set_ylabel("rows per second")
+        if count == 1:
+            axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        drawn[name] = f"{stem.name}_{name}.png"
+        figure.savefig(stem.with_name(drawn[name]), dpi=110)
+    return drawn
+
+
 def _table(rows: Rows) -> list[str]:
-    columns = [name for name in rows[0] if any(row[name] not in (None, 0.0) for row in rows)]
+    columns = [name for name in rows[0] if any(row.get(name) not in (None, 0.0) for row in rows)]
     text = {True: "---", False: "---:"}
     return [
         "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",
         "|" + "|".join(text[isinstance(rows[0][name], str)] for name in columns) + "|",
-        *("| " + " | ".join(_cell(row[name]) for name in columns) + " |" for row in rows),
+        *("| " + " | ".join(_cell(row.get(name)) for name in columns) + " |" for row in rows),
     ]
 
 
@@ -464,7 +637,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="writes the page instead of measuring")
     args = parser.parse_args()
     if args.page is not None:
-        text = page(read_json(args.output_dir / "suite.json", ConfigError))
+        kept = read_json(args.output_dir / "suite.json", ConfigError)
+        text = page(kept, draw(kept, args.page.with_suffix("")))
         with atomic_write(args.page) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return

@@ -44,6 +44,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
+def compiled(pytestconfig: pytest.Config) -> Path:
+    """Where processes of JAX keep what they have compiled, which takes longer than to run it, for the next tests."""
+    assert pytestconfig.cache is not None
+    return pytestconfig.cache.mkdir("jax")
+
+
+@pytest.fixture(scope="session")
 def tiny_prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
     """The small dataset of `tests/small.py`, prepared, in a folder; not to be changed."""
     folder = tmp_path_factory.mktemp("tiny") / "prepared" / "small"

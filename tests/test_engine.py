@@ -2,87 +2,22 @@
 """Work that is spread over processes, of this machine and of Ray: its order, its errors and what a killed one costs."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from mvke_tf.engine import RETRIES, Engine, EngineError, start_ray
 from mvke_tf.errors import ConfigError, DataError, MvkeError
 from tests.conftest import REPOSITORY
-
-
-class Counted:
-    """Returns its process, how many items it has had in it, and the square of the item."""
-
-    def __init__(self, slow: int = -1) -> None:
-        self.slow, self.calls = slow, 0
-
-    def __call__(self, item: int) -> tuple[int, int, int]:
-        self.calls += 1
-        time.sleep(0.3 if item == self.slow else 0)
-        return os.getpid(), self.calls, item**2
-
-
-def refuse(item: int) -> int:
-    if item > 1:
-        raise DataError(f"item {item}: expected at most 1")
-    return item
-
-
-class DieOnce:
-    """Kills its own process the first time that it gets item 2; an item that had been begun comes back negative."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, item: int) -> int:
-        begun = self.folder / str(item)
-        if begun.exists():
-            return -item
-        begun.touch()
-        if item == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return item
-
-
-def die(item: int) -> None:
-    os._exit(7)
-
-
-class Unlike(Exception):
-    """An error that cannot be made of what it holds."""
-
-    def __init__(self, left: int, right: int) -> None:
-        super().__init__(f"{left} is not {right}")
-
-
-def differ(item: int) -> None:
-    raise Unlike(item, 2)
+from tests.work import Backend, Counted, DieOnce, die, differ, refuse, same
 
 
 def test_a_cluster_that_does_not_answer(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(ConfigError, match=r"No Ray cluster answers at 127\.0\.0\.1:1, which .*RAY_ADDRESS"):
         start_ray()
-
-
-class Backend:
-    """Is, in a worker, the backend that would be chosen where this item is read."""
-
-    def __reduce__(self):
-        return backend, ()
-
-
-def backend() -> str | None:
-    return os.environ.get("KERAS_BACKEND")
-
-
-def same(item: object) -> object:
-    return item
 
 
 @pytest.fixture(scope="module", params=["local", "ray"])
@@ -160,17 +95,12 @@ def test_workers_of_another_version(monkeypatch):
 ON_GPUS = """
 import ray, sys
 from mvke_tf.engine import Engine
-from tests.test_engine import devices
+from tests.work import devices
 
 ray.init(num_cpus=2, num_gpus=int(sys.argv[1]), include_dashboard=False, log_to_driver=False)
 for gpus in (0, 1):
     print(*sorted(set(Engine("ray", 2, gpus).map(devices, range(6)))))
 """
-
-
-def devices(item: int) -> str:
-    time.sleep(0.5)
-    return f"{os.environ['CUDA_VISIBLE_DEVICES']}:{os.environ.get('JAX_PLATFORMS')}"
 
 
 @pytest.mark.slow

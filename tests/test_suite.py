@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark suite on a small dataset: its sums are right, and what has been measured is kept."""
 
+import dataclasses
 import json
+import sys
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import suite
+from benchmarks import peers, suite
 from mvke_tf.data.declaration import Dataset
 from mvke_tf.data.preparation import prepare
 from mvke_tf.errors import ConfigError
@@ -88,3 +91,71 @@ def test_generated_data_grow_by_one_setting():
     experts = 5 * (6 * 64 * 256 + 256 * 128 + 128 * 64)
     tags = 2 * (5 * 64 * 256 + 256 * 128 + 128 * 64)
     assert 1 < variant.flops * 130 / (20 * 3 * 2 * (experts + tags)) < 1.05
+
+
+def test_peers_read_the_columns_and_the_labels_of_the_same_rows(prepared, tmp_path):
+    rows = suite.write_columns(prepared, 50, tmp_path / "columns.npz")
+    log = peers.Log.of(tmp_path / "columns.npz")
+    data, schema = prepared.part("train"), prepared.schema()
+    chosen = np.random.default_rng(0).permutation(len(data))[:50]
+    assert rows == 50 and [field.name for field in log.fields] == [feature.name for feature in schema.features]
+    for field, feature in zip(log.fields, schema.features, strict=True):
+        table, indices = (data.users, data.user_rows) if feature.tower == "user" else (data.items, data.item_rows)
+        for name in feature.inputs:
+            np.testing.assert_array_equal(log.columns[name], np.asarray(table[name])[indices[chosen]])
+        assert field.kind == ("dense" if feature.is_dense else "list" if feature.length > 1 else "index")
+        if not feature.is_dense:
+            assert field.rows > log.columns[field.name].max() and field.table == feature.table
+    for label, task in zip(log.labels, schema.tasks, strict=False):
+        np.testing.assert_array_equal(label, data.labels[task.name][chosen])
+
+
+def test_a_library_that_cannot_be_imported_is_left_out_by_name(prepared, tmp_path, monkeypatch, capsys):
+    python = tmp_path / "no_such_module" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\n[ $2 = pip ] || exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(suite, "PEERS", {"no_such_module": (("no-such-package",), ("mmoe of nobody",))})
+    monkeypatch.setattr(suite, "_training", lambda prepared, config, size, labels: suite.Variant(labels, dict, 1))
+    monkeypatch.setattr(suite, "measure", lambda variants, size: [variant.labels for variant in variants])
+    rows = suite.peers(prepared, dataclasses.replace(SMALL, environments=str(tmp_path)))
+    assert [row["model"] for row in rows[:2]] == ["mvke", "mvke, every row by itself"]
+    assert rows[-1] == {"model": "mmoe of nobody (not installed)", "batch_size": None}
+    printed = capsys.readouterr().out
+    assert "installing no-such-package" in printed and "no_such_module is left out" in printed
+
+
+def test_a_peer_that_fails_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match=r"mmoe of nobody ended with status 1: (.|\n)*KeyError"):
+        suite.Peer(sys.executable, "mmoe of nobody", tmp_path / "columns.npz")
+
+
+SPINS = """
+import time
+print("ready", flush=True)
+for line in open(0):
+    while time.process_time() < float(line.split()[1]):
+        pass
+    print(time.process_time(), flush=True)
+"""
+
+
+def test_a_peer_answers_with_its_seconds_of_cpu(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SPINS)
+    peer = suite.Peer(sys.executable, "any", tmp_path / "columns.npz", program)
+    assert 0.5 <= peer.train(7, 0.5) < 60
+    peer.end()
+    assert peer.process.returncode == 0
+
+
+def test_pictures_of_what_has_been_measured(tmp_path):
+    def row(speed, **labels):
+        return {**labels, "rows_per_second": speed}
+
+    rows = [row(10.0 * size, model=model, batch_size=size) for model in ("mvke", "mmoe of x") for size in (1, 2)]
+    grown = [row(5.0, setting="users", value=1), row(4.0, setting="users", value=10)]
+    sections = {"peers": {"rows": [*rows, row(None, model="left out", batch_size=None)]}, "growth": {"rows": grown}}
+    drawn = suite.draw({"sections": sections}, tmp_path / "page")
+    assert drawn == {"peers": "page_peers.png", "growth": "page_growth.png"}
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in drawn.values())

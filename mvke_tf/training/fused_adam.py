@@ -13,25 +13,38 @@ class FusedAdam(keras.optimizers.Adam):
     same, and so is the state; under other backends the step is Keras' own.
     """
 
+    @property
+    def _is_fused(self) -> bool:
+        return keras.backend.backend() == "tensorflow" and not self.amsgrad
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        if self._is_fused:
+            # The same for all variables: made once in a step.
+            dtypes = {variable.dtype for variable in trainable_variables}
+            learning_rate = {dtype: self._scalars(learning_rate, dtype) for dtype in sorted(dtypes)}
+        super()._backend_update_step(grads, trainable_variables, learning_rate)
+
+    def _scalars(self, learning_rate, dtype):
+        import tensorflow as tf
+
+        step = tf.cast(self.iterations + 1, dtype)
+        betas = {name: tf.constant(value, dtype) for name, value in (("beta1", self.beta_1), ("beta2", self.beta_2))}
+        powers = {f"{name}_power": tf.pow(beta, step) for name, beta in betas.items()}
+        return {"lr": tf.cast(learning_rate, dtype), "epsilon": tf.constant(self.epsilon, dtype), **betas, **powers}
+
     def update_step(self, gradient, variable, learning_rate):
-        if keras.backend.backend() != "tensorflow" or self.amsgrad:
+        if not self._is_fused:
             super().update_step(gradient, variable, learning_rate)
             return
         import tensorflow as tf
 
-        index, step = self._get_variable_index(variable), tf.cast(self.iterations + 1, variable.dtype)
-        beta_1, beta_2 = (tf.constant(beta, variable.dtype) for beta in (self.beta_1, self.beta_2))
+        index = self._get_variable_index(variable)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].value.handle,
             v=self._velocities[index].value.handle,
-            beta1_power=tf.pow(beta_1, step),
-            beta2_power=tf.pow(beta_2, step),
-            lr=tf.cast(learning_rate, variable.dtype),
-            beta1=beta_1,
-            beta2=beta_2,
-            epsilon=tf.constant(self.epsilon, variable.dtype),
             grad=tf.cast(tf.convert_to_tensor(gradient), variable.dtype),
+            **learning_rate[keras.backend.standardize_dtype(variable.dtype)],
         )
 
     def _all_reduce_sum_gradients(self, grads_and_vars):

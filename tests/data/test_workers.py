@@ -102,6 +102,8 @@ def test_workers_that_are_always_killed_lose_nothing_that_was_finished(tmp_path,
     alone = prepared(small_dataset(), tmp_path / "alone")
     with monkeypatch.context() as patch:
         patch.setattr("mvke_tf.data.buckets._Preparation", KilledAlways)
+        # How often it is tried again is tested elsewhere.
+        patch.setattr("mvke_tf.engine.RETRIES", 0)
         with pytest.raises(EngineError, match="Give fewer workers"):
             prepared(small_dataset(), tmp_path / "together", engine)
     (work,) = (tmp_path / "together").glob("*.unfinished")

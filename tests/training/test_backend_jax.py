@@ -22,12 +22,12 @@ ROW_SPARSE = (
 pytestmark = pytest.mark.slow
 
 
-def passes_under_jax(cache: Path, *paths: str) -> None:
+def passes_under_jax(compiled: Path, *paths: str) -> None:
     # XLA would optimise for longer than these small computations run, and compile again what another test did before.
     environment = {
         **os.environ,
         **{"KERAS_BACKEND": "jax", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "MVKE_GOLDEN_DIR": str(FOLDER.resolve())},
-        **{"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+        **{"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
     }
     command = [sys.executable, "-m", "pytest", *paths, "-q", "-p", "no:cacheprovider", "-m", "not one_backend"]
     completed = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
@@ -37,13 +37,13 @@ def passes_under_jax(cache: Path, *paths: str) -> None:
 
 
 @pytest.mark.golden
-def test_golden_numbers_under_jax(tmp_path):
-    passes_under_jax(tmp_path, "tests/test_golden.py")
+def test_golden_numbers_under_jax(compiled):
+    passes_under_jax(compiled, "tests/test_golden.py")
 
 
-def test_layers_models_and_training_under_jax(tmp_path):
+def test_layers_models_and_training_under_jax(compiled):
     passes_under_jax(
-        tmp_path, "tests/layers", "tests/models", "tests/test_losses.py", "tests/training/jax_training.py", *ROW_SPARSE
+        compiled, "tests/layers", "tests/models", "tests/test_losses.py", "tests/training/jax_training.py", *ROW_SPARSE
     )
 
 
