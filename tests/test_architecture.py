@@ -118,6 +118,7 @@ def test_no_pipeline_is_tuned_by_tensorflow():
         assert "AUTOTUNE" not in path.read_text(encoding="utf-8"), path
 
 
+@pytest.mark.slow
 def test_only_the_command_line_prints():
     for path in MODULES:
         if FLOOR.get(room(path), 0) < 6:

@@ -299,6 +299,7 @@ def test_evaluate_refuses_another_model_than_the_run_holds(mvke, tiny_run):
     assert not tiny_run.report_file.exists()
 
 
+@pytest.mark.slow
 def test_evaluate_prints_the_table_the_paths_and_what_is_next(mvke, tiny_run):
     code, output, error = mvke("evaluate", tiny_run.checkpoint, "--model", "mvke", "--split", "validation")
     assert (code, error) == (0, "")

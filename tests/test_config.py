@@ -223,6 +223,7 @@ NAMES = [(section, field.name) for section, cls in SECTIONS.items() for field in
 NAMES += [(section, name) for section in SECTIONS for name in (*OLD_NAMES, "no_such_setting")]
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(NAMES), ANYTHING), min_size=1, max_size=3), ANYTHING, st.booleans())
 def test_any_settings_are_legal_or_an_error_of_one_line(changes, whole, replaced):

@@ -102,6 +102,7 @@ def test_log_variances_are_given_once():
         with_uncertainty(model)
 
 
+@pytest.mark.slow
 def test_outputs_that_are_no_tasks_have_no_log_variance():
     """Gate weights, for example, pass unchanged, and `fit` asks for no labels of theirs."""
     plain = build_mmoe(3, 2, 2, (4,), (), return_expert_weights=True)
@@ -119,6 +120,7 @@ def test_outputs_that_are_no_tasks_have_no_log_variance():
     np.testing.assert_array_equal(gates, ops.convert_to_numpy(plain(x)["task_1_expert_weights"]))
 
 
+@pytest.mark.slow
 def test_log_variances_learn_and_survive_saving(tmp_path):
     """`model.fit` by hand: a task with noise gets a larger log-variance; a loaded model goes on where it was."""
     rng = np.random.default_rng(0)

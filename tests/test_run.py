@@ -78,6 +78,7 @@ def test_data_that_are_lost_or_others_say_how_to_make_them_again(tiny_run):
         Run.open(tiny_run.folder).prepared  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_command_that_makes_lost_data_again_does(tmp_path, monkeypatch):
     """Of a run with its own data folder and an overridden declaration, which is in no TOML file."""
     (tmp_path / "shop").mkdir()

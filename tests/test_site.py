@@ -6,9 +6,13 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from mvke_tf import cli
 from tests.browser import DESK, PHONE, chromium, faults
 from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.slow
 
 SAMPLE = ("index", "models", "comparison", "command_reference", "api/training")
 

@@ -27,6 +27,8 @@ from mvke_tf.training import train_run
 from tests.small import SMALL, small_log
 from tests.training.helpers import MODEL, TRAINING
 
+pytestmark = pytest.mark.slow
+
 TASKS = ("click", "visits", "mood", "grade")
 DECLARED = {
     "click": {"label": "clicked"},

@@ -34,6 +34,8 @@ from mvke_tf.run import Run
 from tests.browser import DESK, PHONE, chromium, faults
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 FIGURES = {
     *("weights_by_tags", "weights_by_age", "weights_by_country"),
     *("utilisation", "entropy", "effect", "experts_cka", "experts_correlation", "kernels_cosine", "field_attention"),

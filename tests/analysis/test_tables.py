@@ -280,6 +280,7 @@ def test_effect_on_regression_and_on_what_comes_after(make_model, pairs):
     assert frame.loc[("cvr", "as trained"), "value"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_effect_on_a_transformed_regression_is_in_the_unit_of_the_label(make_model, pairs):
     schema = SCHEMA.with_tasks((Task("ctr"), Task("spent", "regression", offset=0.7, transform="log1p")))
     model, spent = make_model("mvke", schema), np.array([0.0, 1.0, 2.0, 3.0, 0.0, 9.0, 1.0])

@@ -201,6 +201,7 @@ def test_every_word(numbers, effect, state):
     )
 
 
+@pytest.mark.slow
 def test_the_word_never_contradicts_what_the_choice_is_worth():
     """Neither "uniform" where it is worth something, nor "balanced" without a word where it is worth nothing."""
     for entropy in np.linspace(0.5, 1.0, 51):

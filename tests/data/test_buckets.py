@@ -20,6 +20,8 @@ from mvke_tf.io import give_back, on_disk, try_lock, write_array
 from tests.data.test_preparation import shop
 from tests.small import SMALL, small_dataset, small_log, small_toml
 
+pytestmark = pytest.mark.slow
+
 BUCKETS = 7
 STATISTICS = ("popularity", "item_stars")
 

@@ -136,6 +136,7 @@ def test_piecewise_number():
     assert Encoder([price], {"price": [5.0]}).schema_features()[0].width == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [lambda function: function, tf.function], ids=["eager", "graph"])
 def test_extreme_numbers_are_clipped(run):
     """So that a slip of a caller does not overflow the layers behind."""
@@ -246,6 +247,7 @@ def test_mean_weight_and_length_follow_the_slots_that_are_kept():
     np.testing.assert_array_equal(again.encode(table, "user")["tags_summary"], columns["tags_summary"])
 
 
+@pytest.mark.slow
 def test_mean_weight_does_not_depend_on_the_batch():
     tags = feature("tags", "integer", "integer", bins=9, length=50, weighted=True, summary=True)
     random = np.random.default_rng(0)
@@ -614,6 +616,7 @@ def rich() -> tuple[Encoder, dict[str, np.ndarray]]:
     return Encoder(features, state), table
 
 
+@pytest.mark.slow
 def test_a_thousand_rows_are_encoded_the_same_inside_a_graph(rich, tmp_path):
     encoder, table = rich
     in_blocks = encoder.encode_numpy(table, "user", block=64)

@@ -545,6 +545,7 @@ def write_shop(folder: Path, log=None) -> Dataset:
     return Dataset.from_dict(values, folder)
 
 
+@pytest.mark.slow
 def test_prepared_datasets_are_found_again(tmp_path, caplog):
     caplog.set_level(logging.INFO, "mvke_tf")
     declared, data = write_shop(tmp_path / "source"), tmp_path / "data"

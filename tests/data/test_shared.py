@@ -185,6 +185,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_histories_lie_as_positions_and_counts(folder):
     users = folder / "bucket-0000" / "users"
     names = pq.read_schema(users / "encoded.parquet").names
@@ -220,6 +221,7 @@ def test_batches_are_those_of_dense_columns(folder):
                     np.testing.assert_array_equal(column, (others | other_labels)[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_what_was_prepared_by_an_earlier_version_is_read(folder, tmp_path, monkeypatch):
     """Format 3 has dense columns only."""
     monkeypatch.setattr(store, "IN_BUCKETS", 3)
@@ -238,6 +240,7 @@ def test_what_was_prepared_by_an_earlier_version_is_read(folder, tmp_path, monke
     assert not isinstance(old.shards("train").read(0).users["seen"], SharedColumn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["count", "event", "row"])
 def test_tasks_may_be_called_like_the_places(tmp_path, task):
     """Their labels are columns that end in the name."""
@@ -248,6 +251,7 @@ def test_tasks_may_be_called_like_the_places(tmp_path, task):
     assert len(PreparedDataset.load(tmp_path / "whole")) == 1200
 
 
+@pytest.mark.slow
 def test_a_window_is_as_small_as_its_columns_are_together(folder, tmp_path, monkeypatch):
     """Where one bucket has a column in another form, together they are an array."""
     real, calls = store.shared, []

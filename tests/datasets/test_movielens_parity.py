@@ -12,6 +12,8 @@ from mvke_tf import datasets
 from mvke_tf.data.preparation import prepare
 from tests.datasets.conftest import DATA
 
+pytestmark = pytest.mark.slow
+
 RECORDED = json.loads((Path(__file__).parent / "movielens_before.json").read_text(encoding="utf-8"))
 # Lists whose order means nothing: a genre stood in the slot of its number, now in the next free one.
 UNORDERED = ("genres", "liked_genres")

@@ -224,6 +224,7 @@ def test_counts(original_folder, counts, message):
     read_movielens(original_folder, Counts(5, 3, 8))
 
 
+@pytest.mark.slow
 def test_real_movielens(movielens_folder, tmp_path):
     data = read_movielens(movielens_folder)
     assert (len(data.ratings), len(data.users), len(data.items)) == (100_000, 943, 1_682)

@@ -22,6 +22,8 @@ from mvke_tf.serving.saved_model import ServingModule
 from tests.layer_checks import check_layer
 from tests.serving.helpers import pair_rows
 
+pytestmark = pytest.mark.slow
+
 
 def rows(*groups):
     """Logits and labels of `(logit, rows, positives)`."""

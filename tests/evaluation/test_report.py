@@ -20,6 +20,8 @@ from mvke_tf.run import Run
 from mvke_tf.run_folder import cell
 from tests.small import small_prepared
 
+pytestmark = pytest.mark.slow
+
 METRICS = {"auc", "gauc", "accuracy", "log_loss", "calibration_error", "rows", "positives"}
 TEST_SPLITS = {"test", "test_warm_users", "test_cold_users"}
 

@@ -15,6 +15,8 @@ from mvke_tf.experiments.baselines import check_baseline, run_baseline, tabular_
 from mvke_tf.schema import WEIGHTS_SUFFIX
 from tests.small import SMALL, small_prepared
 
+pytestmark = pytest.mark.slow
+
 TASKS, PARTS = ("click", "buy"), ("validation", "test")
 
 

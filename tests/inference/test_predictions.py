@@ -45,6 +45,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_predictions_are_those_of_the_model_on_the_pairs(name):
     model = build(name)
@@ -81,6 +82,7 @@ def test_each_distinct_user_and_item_is_computed_once(monkeypatch):
     assert computed == [("item_tower", items, len(items)), ("user_tower", users, len(users))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_rows", [5, 16])
 def test_bounds_of_memory_change_nothing(monkeypatch, held_rows):
     """Neither items all at once nor users all at once; few pairs at a time."""

@@ -28,6 +28,7 @@ def many(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     return indices, weights
 
 
+@pytest.mark.slow
 def test_large_tables_are_saved_in_parts_and_earlier_ones_are_read(tmp_path, monkeypatch):
     def model():
         ids = keras.Input((), dtype="int32")

@@ -35,6 +35,8 @@ from tests.models.problems import (
     randomize,
 )
 
+pytestmark = pytest.mark.slow
+
 TASKS = (
     Task("click"),
     Task("buy", given="click", objective="conditional"),

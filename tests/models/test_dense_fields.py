@@ -14,6 +14,8 @@ from mvke_tf.schema import CONSTANT_ITEM, Feature, Schema, Task
 from tests.layer_checks import assert_close
 from tests.models.problems import CONFIG, JIT_COMPILE, numpy_outputs, randomize
 
+pytestmark = pytest.mark.slow
+
 SCHEMA = Schema(
     (
         Feature("age", "user", width=2, unknown_rate=0.5, unknown_group="profile"),

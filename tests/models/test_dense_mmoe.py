@@ -62,6 +62,7 @@ def test_outputs_by_hand(gate_hidden_dims):
         assert_close(outputs[task], x @ kernel + bias)
 
 
+@pytest.mark.slow
 def test_classification_beside_regression_learns():
     """With exchanged parts, sparse gates and the load-balancing loss."""
     keras.utils.set_random_seed(0)

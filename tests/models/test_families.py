@@ -233,6 +233,7 @@ def test_settings_that_a_model_does_not_read():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", ["mvke", "mmoe", "single_task"])
 def test_the_readers_of_a_setting_are_those_whose_graph_it_changes(name):

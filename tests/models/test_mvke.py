@@ -155,6 +155,7 @@ def test_dropout_only_while_training(side):
     assert np.abs(trained - first["ctr"]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_step_of_training_changes_every_weight():
     model = build_mvke(SCHEMA, CONFIG)
     before = [ops.convert_to_numpy(weight).copy() for weight in model.trainable_variables]

@@ -102,6 +102,7 @@ def test_more_than_a_gate_has_is_an_error(name, task, top_k, seen):
         build(name, SCHEMA.with_tasks([task]), gate_top_k=top_k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [0, 1, 2])
 def test_the_load_balancing_loss_evens_out_the_use_of_experts(top_k):
     """A gate that starts with almost all weight on one of four experts, trained with and without the loss."""

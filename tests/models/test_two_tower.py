@@ -164,6 +164,7 @@ def chain_model(request, tmp_path_factory) -> keras.Model:
     return loaded
 
 
+@pytest.mark.slow
 def test_a_conditional_and_a_regression_task(chain_model):
     assert chain_model.kinds == {"click": "binary", "buy": "binary", "rating": "regression"}
     assert chain_model.given == {"buy": "click"}

@@ -16,6 +16,8 @@ from mvke_tf.serving.rest.protocol import InputSpec, RequestError
 from tests.serving.helpers import rows_of
 from tests.serving.rest_helpers import PREDICT
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(rows=50, values=1000, threads=1, batch_seconds=0.001)
 
 

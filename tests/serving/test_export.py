@@ -17,6 +17,8 @@ from mvke_tf.run import Run
 from mvke_tf.serving import export_run, export_saved_model
 from tests.serving.helpers import ITEMS
 
+pytestmark = pytest.mark.slow
+
 
 def test_signatures_json_describes_the_signatures(run, exported, signatures):
     described = json.loads((exported / "signatures.json").read_text(encoding="utf-8"))

@@ -17,6 +17,8 @@ from mvke_tf.schema import Schema, Task
 from mvke_tf.serving import Catalogue, ServingModule, export_saved_model
 from tests.serving.helpers import assert_close, predicted_pairs, rows_of
 
+pytestmark = pytest.mark.slow
+
 FEATURES = (
     EncodedFeature("country", "user", "vocabulary", "string"),
     EncodedFeature("clicked", "user", "vocabulary", "string", length=3, embedding="ad"),

@@ -16,6 +16,8 @@ from mvke_tf.serving.profiles import Candidates, Profiler, Users, profile_run
 from mvke_tf.serving.profiles import files as profile_files
 from mvke_tf.serving.profiles.files import kept_index, write_profiles
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tiny_run_template) -> Run:
@@ -73,7 +75,6 @@ def test_no_item_of_the_log_is_recommended_when_seen_ones_are_left_out(run, tmp_
     assert len(profiles) == len(frame) == 12 * 10 and len(had) == 12 * 20
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", "ray"])
 def test_workers_write_the_bytes_of_one_process(run, tmp_path, monkeypatch, kind):
     # Three blocks of the 12 users.
@@ -93,7 +94,6 @@ def test_workers_write_the_bytes_of_one_process(run, tmp_path, monkeypatch, kind
             assert alone == together and len(alone) == sum(map(len, made[0].values())) + (name == "index")
 
 
-@pytest.mark.slow
 def test_the_command_with_workers(command, run, tmp_path):
     for workers in (1, 2):
         status, _, _ = command(run.folder, "--tasks", "buy", "--workers", workers, "--out", tmp_path / str(workers))

@@ -24,6 +24,8 @@ from tests.conftest import REPOSITORY
 from tests.models.problems import CONFIG, SCHEMA, entities, numpy_outputs, randomize
 from tests.small import SMALL, small_dataset, small_log, small_prepared
 
+pytestmark = pytest.mark.slow
+
 TASKS = (Task("click"), Task("buy", given="click"), Task("stars", kind="regression", offset=3.5))
 NAMES = [task.name for task in TASKS]
 TAGS = ("Drama", "Action", "Western")

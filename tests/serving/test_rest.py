@@ -241,6 +241,7 @@ def malformed() -> dict[str, list[tuple[object, int]]]:
     }
 
 
+@pytest.mark.slow
 def test_malformed_requests_get_a_message_and_the_next_good_one_an_answer(client):
     requests = malformed()
     assert len(requests) >= 10 and sum(map(len, requests.values())) >= 200
@@ -431,6 +432,7 @@ def test_levels_are_counted_outside_of_strings(client):
     assert answer(client, {"signature_name": "half_plus_two", "inputs": {"x": [1.0]}}) == {"outputs": [2.5]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [

@@ -7,6 +7,8 @@ import pytest
 from mvke_tf.inference.vectors import run_model
 from tests.serving.helpers import ITEMS, TWINS, assert_close, predicted, predicted_pairs, rows_of
 
+pytestmark = pytest.mark.slow
+
 USERS = [0, 7, 20]  # rows of the fixture `user`
 CHOSEN = np.array([[2, 14, 31, 7], [1, 1, 8, 30], [0, 4, 6, 10]])  # rows of the catalogue
 
