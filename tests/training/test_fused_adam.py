@@ -47,9 +47,11 @@ def test_it_is_the_adam_of_keras(settings):
 def test_it_is_one_operation_per_variable():
     import tensorflow as tf
 
-    variable = keras.Variable(np.ones(3, "float32"))
+    variables = [keras.Variable(np.ones(3, "float32")) for _ in range(3)]
     optimizer = FusedAdam(0.1)
-    optimizer.build([variable])
-    graph = tf.function(lambda: optimizer.apply([tf.ones(3)])).get_concrete_function().graph
+    optimizer.build(variables)
+    graph = tf.function(lambda: optimizer.apply([tf.ones(3)] * 3)).get_concrete_function().graph
     names = [operation.type for operation in graph.get_operations()]
-    assert names.count("ResourceApplyAdam") == 1 and "Sqrt" not in names
+    assert names.count("ResourceApplyAdam") == 3 and "Sqrt" not in names
+    # The powers of both betas are the same for all of them.
+    assert names.count("Pow") == 2
