@@ -589,7 +589,7 @@ def draw(kept: Mapping[str, Any], stem: Path) -> dict[str, str]:
             group = row[key] if row.get("precision", "float32") == "float32" else f"{row[key]}, {row['precision']}"
             groups.setdefault(group, []).append(row)
         count, x = (len(groups), "value") if name == "growth" else (1, "batch_size")
-        figure = Figure(figsize=(11, 2.2 if name == "growth" else 4.5), layout="constrained")
+        figure = Figure(figsize=(11, 2.4) if name == "growth" else (9, 4), layout="constrained")
         axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
         for index, (group, measured) in enumerate(groups.items()):
             panel = axes[index % count]
@@ -606,12 +606,16 @@ def draw(kept: Mapping[str, Any], stem: Path) -> dict[str, str]:
         if count == 1:
             axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         drawn[name] = f"{stem.name}_{name}.png"
-        figure.savefig(stem.with_name(drawn[name]), dpi=110)
+        figure.savefig(stem.with_name(drawn[name]), dpi=130)
     return drawn
 
 
 def _table(rows: Rows) -> list[str]:
-    columns = [name for name in rows[0] if any(row.get(name) not in (None, 0.0) for row in rows)]
+    names = [name for name in rows[0] if any(row.get(name) not in (None, 0.0) for row in rows)]
+    labels = names.index("rows") if "rows" in names else len(names)
+    # What a narrow window shows first.
+    first = ("rows_per_second", "cpu_us_per_row", "share")
+    columns = names[:labels] + sorted(names[labels:], key=lambda name: name not in first)
     text = {True: "---", False: "---:"}
     return [
         "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",

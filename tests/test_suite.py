@@ -79,7 +79,9 @@ def test_sections_are_kept_and_not_measured_again(prepared, tmp_path, monkeypatc
     monkeypatch.undo()
 
     page = suite.page(measured)
-    assert page.count("\n## ") == 3 and "| shared_bottom | 64 | float32 | 128 |" in page
+    assert page.count("\n## ") == 3 and "| model | batch size | precision | rows per second | cpu us per row |" in page
+    speed = trained["rows_per_second"]
+    assert f"| shared_bottom | 64 | float32 | {speed:,.0f} | " in page and " | 128 | " in page
     assert f"{trained['wall_seconds']['median']:.3g} (" in page
 
 
