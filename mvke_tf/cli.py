@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mvke_tf.config import CHOICES, MOST_BATCH, OLD_NAMES, SECTIONS, RunConfig, entry_type, nearest, renamed
-from mvke_tf.engine import ENGINES, Engine
+from mvke_tf.engine import ENGINES, Engine, lean
 from mvke_tf.errors import ConfigError, MvkeError, RunError, require_extra
 
 LOGGER = logging.getLogger(__name__)
@@ -174,18 +174,6 @@ def show_log() -> None:
     logger.propagate = False
 
 
-@contextlib.contextmanager
-def _hidden(*modules: str) -> Iterator[None]:
-    """Meanwhile modules that have not been imported cannot be."""
-    hidden = [module for module in modules if module not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for module in hidden:
-            del sys.modules[module]
-
-
 def check_backend() -> str:
     """The backend that Keras will choose.
 
@@ -213,9 +201,7 @@ def check_backend() -> str:
 def import_tensorflow(onednn: bool = True) -> None:
     """Imports TensorFlow and Keras without start-up messages, which no environment variable silences.
 
-    What is written to file descriptor 2 meanwhile is shown only if the import fails. TensorFlow's converter of JAX
-    functions, and what Keras offers for scikit-learn, matplotlib and pandas, are left out: no command uses them,
-    and they take a third of the time.
+    What is written to file descriptor 2 meanwhile is shown only if the import fails.
 
     Args:
         onednn: Whether TensorFlow computes with oneDNN on every x86 CPU, unless the environment variable
@@ -232,8 +218,7 @@ def import_tensorflow(onednn: bool = True) -> None:
         kept = os.dup(2)
         try:
             os.dup2(hidden.fileno(), 2)
-            converted = ("jax",) if backend == "tensorflow" else ()
-            with _hidden("matplotlib", "pandas", "sklearn", *converted):
+            with lean(backend):
                 import tensorflow as tf
 
             # The first look at the devices writes too.
@@ -249,10 +234,10 @@ def import_tensorflow(onednn: bool = True) -> None:
 
 def import_backend() -> None:
     """Imports Keras with its backend, and TensorFlow only if it is that."""
-    if check_backend() == "tensorflow":
+    if (backend := check_backend()) == "tensorflow":
         import_tensorflow()
     else:
-        with _hidden("matplotlib", "pandas", "sklearn"):
+        with lean(backend):
             import keras  # noqa: F401
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -16,7 +17,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
+from importlib.machinery import ModuleSpec
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from mvke_tf import __version__
@@ -156,6 +159,44 @@ def _environment(gpus: int) -> dict[str, str]:
     return shared if gpus else shared | {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
 
 
+@contextlib.contextmanager
+def lean(backend: str | None) -> Iterator[None]:
+    """Meanwhile Keras and TensorFlow cannot import what they only offer something for, and take half the time.
+
+    No command uses TensorFlow's converter of JAX functions, or what Keras offers for the others.
+    """
+    offered = ("matplotlib", "pandas", "sklearn", *(("jax",) if backend == "tensorflow" else ()))
+    names = [name for name in offered if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+class _LeanKeras:
+    """Imports Keras and TensorFlow in that way, whatever imports them first."""
+
+    def __init__(self) -> None:
+        self.left = {"keras", "tensorflow"}
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in self.left:
+            return None
+        self.left.discard(name)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_lean(module: ModuleType) -> None:
+                with lean(os.environ.get("KERAS_BACKEND")):
+                    run(module)
+
+            spec.loader.exec_module = run_lean  # type: ignore[method-assign]
+        return spec
+
+
 @functools.lru_cache(maxsize=1)
 def _unpickled(function: bytes) -> Callable[[Any], Any]:
     version, environment, pickled = pickle.loads(function)
@@ -165,6 +206,8 @@ def _unpickled(function: bytes) -> Callable[[Any], Any]:
             "same version on all machines."
         )
     os.environ.update(environment)
+    if not any(isinstance(finder, _LeanKeras) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _LeanKeras())
     # What there is to say of all items, the process that asks for them says.
     logging.getLogger(__package__).setLevel(logging.ERROR)
     return pickle.loads(pickled)

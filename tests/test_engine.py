@@ -11,7 +11,7 @@ import pytest
 from mvke_tf.engine import RETRIES, Engine, EngineError, start_ray
 from mvke_tf.errors import ConfigError, DataError, MvkeError
 from tests.conftest import REPOSITORY
-from tests.work import Backend, Counted, DieOnce, die, differ, refuse, same
+from tests.work import Backend, Counted, DieOnce, die, differ, imported, refuse, same
 
 
 def test_a_cluster_that_does_not_answer(monkeypatch):
@@ -60,6 +60,12 @@ def test_results_come_in_the_order_of_the_items(engine):
 def test_items_are_read_where_the_backend_is_that_of_this_process(engine, monkeypatch):
     monkeypatch.setattr("keras.config.backend", lambda: "jax")
     assert list(engine.map(same, [Backend()])) == ["jax"]
+
+
+@pytest.mark.slow
+def test_workers_import_keras_without_what_it_offers_for_others():
+    with Engine("local", 2) as engine:
+        assert list(engine.map(imported, [""])) == [["tensorflow", "pandas"]]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -76,3 +77,14 @@ def same(item: object) -> object:
 def devices(item: int) -> str:
     time.sleep(0.5)
     return f"{os.environ['CUDA_VISIBLE_DEVICES']}:{os.environ.get('JAX_PLATFORMS')}"
+
+
+def imported(item: str) -> list[str]:
+    """What has been imported with Keras of what only other programs need; they can be imported afterwards."""
+    import keras
+
+    offered = ("jax", "matplotlib", "pandas", "sklearn")
+    found = [name for name in offered if name in sys.modules]
+    import pandas
+
+    return [keras.config.backend(), pandas.__name__, *found]
