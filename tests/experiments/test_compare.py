@@ -349,8 +349,10 @@ def test_the_committed_settings_are_one_comparison(tmp_path):
     configs = {path.stem: RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in files}
     # Its kernels choose (docs/analysis.md); all else is the outcome of the search of MVKE.
     choosing = configs.pop("mvke_choosing")
-    changed = {"virtual_kernel_stddev": 2.0, "attention_stddev": 0.5, "objective": "joint"}
-    assert choosing == dataclasses.replace(configs["mvke"], model=dataclasses.replace(configs["mvke"].model, **changed))
+    changed = {"embedding_dim": 8, "num_virtual_kernels": 8, "virtual_kernel_stddev": 3.0, "attention_stddev": 0.5}
+    changed_model = dataclasses.replace(configs["mvke"].model, **changed, objective="joint")
+    changed_training = dataclasses.replace(configs["mvke"].training, in_batch_weight=0.1)
+    assert choosing == dataclasses.replace(configs["mvke"], model=changed_model, training=changed_training)
     # No search has been made yet of the last three.
     assert set(configs) == set(MODEL_NAMES) - {"stem", "aitm", "resflow"}
     assert all(config.model.name == name and not unread_settings(config.model) for name, config in configs.items())
