@@ -211,7 +211,8 @@ def _state(row: Any, task: pd.DataFrame, worth: _Worth | None, thresholds: Thres
             f"an equal share is {1 / row.experts:.3f})"
             f"{'.' if worth is None else ', and the same weights for every impression would do.'}",
             (
-                "initial kernels of --virtual_kernel_stddev 1.0 at least, a higher learning rate, or more rows."
+                "initial kernels of --virtual_kernel_stddev 1.0 at least, narrower vectors (--embedding_dim 8), a "
+                "higher learning rate, or more rows."
                 if kernels
                 else "a higher learning rate, fewer experts, or no balance loss (--load_balancing_weight 0)."
             ),

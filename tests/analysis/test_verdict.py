@@ -303,7 +303,8 @@ def test_small_groups_are_no_evidence():
 def test_options_that_the_advice_names_exist():
     options = set(re.findall(r"--(\w+)", inspect.getsource(module)))
     settings = {field.name for section in SECTIONS.values() for field in dataclasses.fields(section)}
-    assert {"virtual_kernel_stddev", "attention_stddev", "load_balancing_weight"} == options <= settings
+    named = {"virtual_kernel_stddev", "attention_stddev", "embedding_dim", "load_balancing_weight"}
+    assert named == options <= settings
 
 
 def test_the_note_on_field_attention(make_model, pairs):
